@@ -1,0 +1,1 @@
+"""sparc: a compiler for sparse and quantized PyTorch models that shows the evidence."""

@@ -1,0 +1,369 @@
+"""The boundary to torch.export: a model and example inputs in, a Program out, or a refusal that names the user's line."""
+
+import logging
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from sparc import codes
+from sparc.diag import CaptureError, Diagnostics, Location
+from sparc.functional import functionalize, is_impure
+from sparc.program import Entry, Program, Weight, WeightStore
+from sparc.signature import Leaf, Signature, Structure, bind_examples, describe_inputs
+
+Dynamic = Mapping[str, Mapping[int, Any]]
+_NO_EFFECT = ("_assert", "sym_constrain_range", "_check")
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    dynamic: Dynamic | None = None,
+    entry: str = "forward",
+    diagnostics: Diagnostics | None = None,
+) -> Program:
+    """Capture a model in eval mode as a Program with one entry.
+
+    Args:
+        model: any module that torch.export can trace; its training flag is restored afterwards.
+        example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
+        dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`. Equal names are equal sizes. Nested
+            inputs are named with dots: `past.0.key`.
+        entry: the name of the entry.
+        diagnostics: collects remarks, such as a narrowed range.
+
+    Raises:
+        CaptureError: SPARC101 to SPARC111, with the user's own source line where there is one.
+    """
+    diagnostics = diagnostics if diagnostics is not None else Diagnostics()
+    if not isinstance(model, nn.Module):
+        raise CaptureError(codes.INPUTS_MISSING, "model must be a torch.nn.Module", why=f"got {type(model).__name__}")
+    named, positional = bind_examples(model.forward, example_inputs)
+    structures, leaves = describe_inputs(named)
+    _check_weights(model)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        output = _call_eagerly(model, named)
+        exported, symbol_names = _export(model, named, leaves, dynamic or {}, diagnostics)
+    finally:
+        for module in training:
+            module.training = True
+    output_structure = Structure.of_spec(pytree.tree_structure(output))
+    signature = Signature(tuple(named), structures, leaves, output_structure, (), positional)
+    return _to_program(exported, signature, symbol_names, entry, model)
+
+
+def capture_entries(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], diagnostics: Diagnostics | None = None) -> Program:
+    """Capture one model several times (prefill and decode, say) as one Program over one weight store.
+
+    Args:
+        model: the module.
+        entries: for each entry's name, `{"example_inputs": ..., "dynamic": ...}`.
+        diagnostics: collects remarks.
+    """
+    programs = [capture(model, **options, entry=name, diagnostics=diagnostics) for name, options in entries.items()]
+    return merge(programs)
+
+
+def merge(programs: list[Program]) -> Program:
+    """One Program with the entries of all, weights of equal name and value shared.
+
+    Raises:
+        CaptureError: SPARC105 when two programs hold different values under one name.
+    """
+    store = WeightStore()
+    for program in programs:
+        store.aliases.update(program.weights.aliases)
+        for name in program.weights:
+            record = program.weights.record(name)
+            if name in store and store[name] is not record.tensor and not torch.equal(store[name], record.tensor):
+                raise CaptureError(codes.UNSUPPORTED_STATE, f"two entries hold different values of {name!r}")
+            if name not in store:
+                store.put(name, record)
+    return Program(store, {name: entry for program in programs for name, entry in program.entries.items()})
+
+
+# before the export -----------------------------------------------------------------------------------------------------
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise CaptureError(codes.UNSUPPORTED_OPERATOR, f"weight {name!r} is on device {parameter.device}", hint="call model.cpu()")
+        if not bool(torch.isfinite(parameter).all()):
+            raise CaptureError(codes.BAD_WEIGHT, f"weight {name!r} contains NaN or Inf", where=Location(name.rpartition(".")[0]))
+    for name, buffer in model.named_buffers():
+        if bool(torch.isnan(buffer).any()):
+            raise CaptureError(codes.BAD_WEIGHT, f"buffer {name!r} contains NaN", where=Location(name.rpartition(".")[0]))
+
+
+def _call_eagerly(model: nn.Module, named: Mapping[str, Any]) -> Any:
+    try:
+        with torch.no_grad():
+            return model(**named)
+    except Exception as error:  # any error of the user's own code becomes one diagnostic
+        raise CaptureError(
+            codes.MODEL_CALL_FAILED,
+            f"the model raised {type(error).__name__} on its example inputs",
+            where=_user_frame(error),
+            why=_first_lines(error),
+        ) from None
+
+
+# the export ------------------------------------------------------------------------------------------------------------
+def _export(
+    model: nn.Module, named: Mapping[str, Any], leaves: tuple[Leaf, ...], dynamic: Dynamic, diagnostics: Diagnostics
+) -> tuple[ExportedProgram, dict[str, str]]:
+    flat, spec = pytree.tree_flatten(dict(named))
+    by_leaf = _dimensions(leaves, flat, dynamic)
+    examples = pytree.tree_unflatten(_tile(leaves, flat, by_leaf, diagnostics), spec)
+    shapes = pytree.tree_unflatten([dict(by_leaf.get(leaf.name, {})) if leaf.is_tensor else None for leaf in leaves], spec)
+    exported = _export_refining(model, examples, shapes, diagnostics)
+    names: dict[str, str] = {}
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
+    tensors = [s.arg for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    for leaf, argument in zip(leaves, tensors, strict=True):
+        for axis, dimension in by_leaf.get(leaf.name, {}).items():
+            size = values[argument.name].shape[axis]
+            if isinstance(size, int):
+                raise _fixed(leaf.name, axis, dimension.__name__, f"the model fixes it to {size}")
+            names.setdefault(str(size), dimension.__name__)
+    return exported, names
+
+
+def _dimensions(leaves: tuple[Leaf, ...], flat: list[Any], dynamic: Dynamic) -> dict[str, dict[int, Any]]:
+    known = {leaf.name: value for leaf, value in zip(leaves, flat, strict=True) if leaf.is_tensor}
+    shared: dict[str, Any] = {}
+    by_leaf: dict[str, dict[int, Any]] = {}
+    for name, axes in dynamic.items():
+        if name not in known:
+            raise CaptureError(
+                codes.DYNAMIC_DIMENSION, f"dynamic= names {name!r}, which is no input", hint=f"the inputs are {', '.join(known)}"
+            )
+        for axis, dimension in axes.items():
+            rank = known[name].ndim
+            if not -rank <= axis < rank:
+                raise CaptureError(codes.DYNAMIC_DIMENSION, f"input {name!r} has no dimension {axis}", why=f"its rank is {rank}")
+            if isinstance(dimension, str):
+                if not dimension.isidentifier():
+                    raise CaptureError(codes.DYNAMIC_DIMENSION, f"{dimension!r} is no identifier", hint="use a name such as batch")
+                dimension = shared.setdefault(dimension, Dim(dimension))
+            by_leaf.setdefault(name, {})[axis % rank] = dimension
+    return by_leaf
+
+
+def _tile(leaves: tuple[Leaf, ...], flat: list[Any], by_leaf: dict[str, dict[int, Any]], diagnostics: Diagnostics) -> list[Any]:
+    """Repeat examples along every dynamic dimension of size 1: torch.export would take the size for a constant."""
+    tiled = []
+    for leaf, value in zip(leaves, flat, strict=True):
+        for axis, dimension in by_leaf.get(leaf.name, {}).items():
+            if value.shape[axis] == 1:
+                value = torch.cat([value, value], dim=axis)
+                diagnostics.remark(codes.EXAMPLE_TILED, f"input {leaf.name!r} was doubled along {dimension.__name__!r} for tracing")
+        tiled.append(value)
+    return tiled
+
+
+def _export_refining(model: nn.Module, examples: dict[str, Any], shapes: Any, diagnostics: Diagnostics) -> ExportedProgram:
+    """Export; where torch suggests narrower ranges for a dimension, accept them and say so."""
+    for _ in range(4):
+        try:
+            with _quiet(), torch.no_grad():
+                return torch.export.export(model, (), examples, dynamic_shapes=shapes, strict=False)
+        except torch._dynamo.exc.UserError as error:
+            message = str(error)
+            if "Suggested fixes" not in message:
+                raise _refusal(error) from None
+            shapes = _refine(message, shapes, diagnostics)
+        except Exception as error:  # torch.export raises whatever the model's code raises under tracing
+            raise _refusal(error) from None
+    raise CaptureError(codes.DYNAMIC_DIMENSION, "the dynamic dimensions could not be settled", why="torch kept suggesting other ranges")
+
+
+def _refine(message: str, shapes: Any, diagnostics: Diagnostics) -> Any:
+    fixes = message.partition("Suggested fixes:")[2]
+    constant = re.search(r"^\s*(\w+) = (\d+)\s*$", fixes, re.MULTILINE)
+    if constant:
+        raise CaptureError(
+            codes.DYNAMIC_DIMENSION, f"dimension {constant[1]!r} cannot vary", why=f"the model fixes it to {constant[2]}"
+        )
+    for line in fixes.strip().splitlines():
+        diagnostics.remark(codes.RANGE_NARROWED, f"a dynamic dimension was narrowed: {line.strip()}")
+    try:
+        return refine_dynamic_shapes_from_suggested_fixes(message, shapes)
+    except Exception as error:  # the text is torch's own and may change
+        raise CaptureError(codes.DYNAMIC_DIMENSION, "a dynamic dimension cannot vary freely", why=fixes.strip() or str(error)) from None
+
+
+def _refusal(error: BaseException) -> CaptureError:
+    return CaptureError(
+        codes.CAPTURE_FAILED,
+        f"torch.export stopped with {type(error).__name__}",
+        where=_user_frame(error),
+        why=_first_lines(error),
+    )
+
+
+def _fixed(leaf: str, axis: int, name: str, why: str) -> CaptureError:
+    return CaptureError(codes.DYNAMIC_DIMENSION, f"dimension {name!r} (axis {axis} of {leaf!r}) cannot vary", why=why)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's own logging and warnings off the terminal; what matters comes back as an exception."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _user_frame(error: BaseException) -> Location:
+    own = str(Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if "/torch/" not in frame.filename and not frame.filename.startswith((own, "<"))]
+    if not outside:
+        return Location()
+    frame = outside[-1]
+    line = f": {frame.line}" if frame.line else ""
+    return Location("", f"{short_path(frame.filename)}:{frame.lineno} in {frame.name}{line}")
+
+
+def short_path(path: str) -> str:
+    """A source path without anything that belongs to one machine: below site-packages, below sys.path, or the bare file name."""
+    for marker in ("site-packages/", "dist-packages/"):
+        if marker in path:
+            return path.rpartition(marker)[2]
+    roots = sorted((root for root in sys.path if root), key=len, reverse=True)
+    for root in roots:
+        if path.startswith(root.rstrip("/") + "/"):
+            return path[len(root.rstrip("/")) + 1 :]
+    return Path(path).name
+
+
+def _first_lines(error: BaseException, limit: int = 3) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:limit])[:400]
+
+
+# after the export ------------------------------------------------------------------------------------------------------
+def _to_program(exported: ExportedProgram, signature: Signature, names: dict[str, str], entry: str, model: nn.Module) -> Program:
+    exported = functionalize(exported)
+    weights, by_placeholder = _weights(exported, model)
+    user_inputs = [s.arg for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    leaf_of = {a.name: leaf for a, leaf in zip(user_inputs, signature.input_leaves, strict=True)}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    first: dict[str, fx.Node] = {}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in leaf_of:
+            if leaf_of[node.name].is_tensor:
+                copies[node] = graph.placeholder(leaf_of[node.name].name.replace(".", "_"))
+                copies[node].meta = {"val": node.meta["val"]}
+        elif node.op == "placeholder" and node.name in by_placeholder:
+            name = by_placeholder[node.name]
+            if name not in first:
+                first[name] = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+                first[name].meta = {"val": node.meta["val"]}
+            copies[node] = first[name]
+        elif node.op == "call_function":
+            if is_impure(node) and any(word in str(node.target) for word in _NO_EFFECT):
+                continue
+            copies[node] = graph.node_copy(node, lambda used: copies[used])
+            copies[node].meta = _clean_meta(node)
+        elif node.op == "output":
+            results, output_leaves = _outputs(exported, signature.output)
+            by_name = {old.name: new for old, new in copies.items()}
+            graph.output([by_name[name] for name in results])
+    fake_mode = torch._guards.detect_fake_mode([node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)])
+    full = Signature(
+        signature.parameters, signature.inputs, signature.input_leaves, signature.output, output_leaves, signature.positional
+    )
+    program = Program(weights, {entry: Entry(graph, full, fake_mode, names)})  # type: ignore[arg-type]
+    program.sweep()
+    return program
+
+
+def _weights(exported: ExportedProgram, model: nn.Module) -> tuple[WeightStore, dict[str, str]]:
+    """The weights under the user's names, tied ones once; and which placeholder stands for which."""
+    trainable = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    store, by_placeholder, by_storage = WeightStore(), {}, {}
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind not in kinds:
+            continue
+        name = str(spec.target)
+        tensor = exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
+        tensor = tensor.detach()
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
+        canonical = by_storage.setdefault(key, name)
+        if canonical == name:
+            store.put(name, Weight(tensor, None, (name,), name in trainable))
+        by_placeholder[spec.arg.name] = canonical
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        key = (parameter.data_ptr(), parameter.dtype, tuple(parameter.shape), parameter.stride()) if parameter.numel() else name
+        canonical = by_storage.get(key, name)
+        if canonical != name:
+            store.aliases[name] = canonical
+    return store, by_placeholder
+
+
+def _outputs(exported: ExportedProgram, structure: Structure) -> tuple[list[str], tuple[Leaf, ...]]:
+    results, leaves = [], []
+    user_outputs = [spec for spec in exported.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
+    mutated = [spec for spec in exported.graph_signature.output_specs if spec.kind != OutputKind.USER_OUTPUT]
+    if mutated:
+        raise CaptureError(codes.UNSUPPORTED_STATE, f"the model writes to {mutated[0].target or mutated[0].arg.name!r}")
+    paths = structure.paths()
+    if len(paths) != len(user_outputs):
+        raise CaptureError(codes.OUTPUT_STRUCTURE, "the captured outputs do not have the structure of the model's outputs")
+    for path, spec in zip(paths, user_outputs, strict=True):
+        name = path or "output"
+        name = f"output_{name}" if name[0].isdigit() else name
+        if isinstance(spec.arg, TensorArgument):
+            results.append(spec.arg.name)
+            leaves.append(Leaf(name))
+        elif isinstance(spec.arg, ConstantArgument):
+            leaves.append(Leaf(name, False, spec.arg.value))
+        else:
+            raise CaptureError(codes.OUTPUT_STRUCTURE, f"output {name!r} is {type(spec.arg).__name__}, not a tensor or a constant")
+    return results, tuple(leaves)
+
+
+def _clean_meta(node: fx.Node) -> dict[str, Any]:
+    meta: dict[str, Any] = {"val": node.meta.get("val")}
+    stack = node.meta.get("nn_module_stack") or {}
+    if stack:
+        path, kind = next(reversed(stack.values()))
+        meta["module"] = re.sub(r"^L\['self'\]\.?", "", str(path)).removesuffix("@1")
+        meta["type"] = (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2]
+    source = source_line(str(node.meta.get("stack_trace") or ""))
+    if source:
+        meta["source"] = source
+    return meta
+
+
+def source_line(stack_trace: str) -> str:
+    """The innermost frame of a captured stack that is not torch's, as `path:line in function`."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', stack_trace)
+    outside = [frame for frame in frames if "/torch/" not in frame[0]]
+    if not outside:
+        return ""
+    path, line, function = outside[-1]
+    return f"{short_path(path)}:{line} in {function}"

@@ -1,0 +1,130 @@
+"""What an encoding is: a way to write a weight matrix with fewer bytes, exactly, once it lies on the encoding's grid.
+
+Encodings see matrices of shape `[batch..., out, reduce]` (see `sparc.encoding.view`). The law every encoding keeps, bitwise:
+`decode(encode(round(w, grid), grid)) == round(w, grid)`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import sympy
+import torch
+from torch import Tensor
+
+from sparc.encoding.grid import Grid
+
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Encoding(ABC):
+    """A frozen dataclass whose fields are its options; `str(encoding)` is its spec, which `sparc::decode` carries."""
+
+    def __str__(self) -> str:
+        return spec_text(self)
+
+    @property
+    @abstractmethod
+    def part_names(self) -> tuple[str, ...]:
+        """The names of the stored tensors, in the order `sparc::decode` takes them."""
+
+    @abstractmethod
+    def accepts(self, shape: Sequence[int]) -> str | None:
+        """None when a matrix of this shape can be encoded, else the reason why not."""
+
+    @abstractmethod
+    def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: bool = False) -> Grid:
+        """Choose the grid for a matrix.
+
+        Args:
+            weight: `[batch..., out, reduce]`, floating.
+            importance: `[reduce]`, the weight of a squared error in each column; uniform by default.
+            search: minimise the (weighted) squared rounding error instead of covering the whole range.
+        """
+
+    @abstractmethod
+    def round(self, weight: Tensor, grid: Grid) -> Tensor:
+        """The nearest matrix on the grid, in the dtype of `weight`."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, grid: Grid) -> Parts:
+        """The stored tensors of a matrix that lies on the grid."""
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The matrix of this shape and dtype."""
+
+    @abstractmethod
+    def bytes(self, shape: Sequence["int | sympy.Expr"]) -> sympy.Expr:
+        """The stored bytes of a matrix of this shape, which may be symbolic."""
+
+    def compose(self, inner: "Encoding") -> "Encoding":
+        """The encoding that a weight on this grid has once it is also rounded to `inner`; by default, `inner` replaces it."""
+        return inner
+
+
+@dataclass(frozen=True)
+class ElementEncoding(Encoding):
+    """An encoding that gives every element a code of its own, so that masks can choose which codes are stored."""
+
+    @abstractmethod
+    def codes(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One code per element, in the shape of `weight`; `tensors` are the grid's."""
+
+    @abstractmethod
+    def values(self, codes: Tensor, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """What the codes mean."""
+
+    @abstractmethod
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes `[..., n]` as they are stored."""
+
+    @abstractmethod
+    def unpack(self, packed: Tensor, length: int) -> Tensor:
+        """The inverse of `pack`, for rows of `length` codes."""
+
+    @abstractmethod
+    def code_bytes(self, length: "int | sympy.Expr") -> sympy.Expr:
+        """Stored bytes of a row of `length` codes."""
+
+    @property
+    @abstractmethod
+    def grid_names(self) -> tuple[str, ...]:
+        """The names of the grid's tensors, which are stored beside the codes."""
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The codes, then the grid's tensors."""
+        return ("codes", *self.grid_names)
+
+    @abstractmethod
+    def grid_bytes(self, shape: Sequence["int | sympy.Expr"]) -> sympy.Expr:
+        """Stored bytes of the grid's tensors for a matrix of this shape."""
+
+    def round(self, weight: Tensor, grid: Grid) -> Tensor:
+        """The values of the nearest codes."""
+        return self.values(self.codes(weight, grid.tensors), grid.tensors, weight.dtype)
+
+    def encode(self, weight: Tensor, grid: Grid) -> Parts:
+        """The packed codes and the grid's tensors."""
+        packed = self.pack(self.codes(weight, grid.tensors))
+        return {"codes": packed, **{name: grid.tensors[name] for name in self.grid_names}}
+
+    def decode(self, parts: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Unpack the codes and look up their values."""
+        return self.values(self.unpack(parts["codes"], int(shape[-1])), parts, dtype)
+
+    def bytes(self, shape: Sequence["int | sympy.Expr"]) -> sympy.Expr:
+        """Codes and grid."""
+        return sympy.prod(shape[:-1]) * self.code_bytes(shape[-1]) + self.grid_bytes(shape)
+
+
+def spec_text(encoding: Encoding) -> str:
+    """`IntGrid(bits=4, group=32)`: the encoding's name and the fields that differ from their defaults, in order."""
+    parts = []
+    for field in fields(encoding):
+        value = getattr(encoding, field.name)
+        if value != field.default:
+            parts.append(f"{field.name}={value if isinstance(value, Encoding) else repr(value)}")
+    return f"{type(encoding).__name__}({', '.join(parts)})"
