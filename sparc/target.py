@@ -1,0 +1,95 @@
+"""What a target is, and what it hands over: the interfaces between the core and `sparc.codegen`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from sparc.diag import Diagnostics
+from sparc.layout import IDENTITY
+from sparc.program import Program
+
+Runner = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the emitted model.
+
+    Args:
+        name: its name in the emitted model and in `weights.safetensors`.
+        tensor: as the target stores it.
+        weight: the program weight it is, if it is one.
+        layout: how it was stored (`sparc.layout`), so that the program's weight can be restored from it.
+    """
+
+    name: str
+    tensor: Tensor
+    weight: str | None = None
+    layout: str = IDENTITY
+
+
+@dataclass
+class KernelUse:
+    """How the target carries one compressed or compressible weight.
+
+    Args:
+        operator: the runtime operator, such as `MatMulNBits`.
+        resident_bytes: bytes the runtime keeps in memory for the weight and its parameters.
+        note: why it is not carried in its encoded form, if it is not.
+    """
+
+    operator: str
+    resident_bytes: int
+    note: str = ""
+
+
+class Emission(Protocol):
+    """What a target made of a program."""
+
+    target: str
+    stored: list[StoredTensor]
+    kernels: Mapping[str, KernelUse]  # by the name of the weight's site: the original weight's name
+
+    def runner(self, entry: str | None = None, *, threads: int | None = None) -> Runner:
+        """A callable on one tensor per placeholder, in the target's runtime."""
+        ...
+
+    def files(self) -> Mapping[str, bytes]:
+        """The target's own files for the artifact's folder; their tensors live in `weights.safetensors`."""
+        ...
+
+
+@dataclass
+class EmitContext:
+    """What a target may use while emitting.
+
+    Args:
+        diagnostics: where remarks go.
+        options: target options given to compile (opset, for example).
+        lowerings: extension lowerings by (target, encoding class name).
+    """
+
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lowerings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A place programs are lowered to, spelt `family` or `family:variant` (`onnx:portable`)."""
+
+    name: str
+
+    def emit(self, program: Program, context: EmitContext) -> Emission:
+        """Lower a program.
+
+        Raises:
+            LoweringError: SPARC4xx.
+        """
+        ...
+
+    def load(self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor]) -> Emission:
+        """The emission of a saved artifact, from its files and tensors."""
+        ...
