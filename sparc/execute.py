@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-Watch = Callable[[fx.Node, Any], Any]
+Values = Mapping[fx.Node, Any]
+Watch = Callable[[fx.Node, Any, Values], Any]
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -49,11 +51,16 @@ class WideWeights(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def run_node(node: fx.Node, env: Mapping[fx.Node, Any], weights: Mapping[str, Tensor], *, wide: bool = False) -> Any:
-    """The value of one `get_attr` or `call_function` node, its arguments taken from `env`."""
+def run_node(node: fx.Node, env: Values, weights: Mapping[str, Tensor], *, wide: bool = False) -> Any:
+    """The value of one `get_attr` or `call_function` node, its arguments taken from `env`.
+
+    sparc's own operators compute in their own precision even in a wide run, since rounding is part of their meaning.
+    """
     if node.op == "get_attr":
         return weights[str(node.target)]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: env[used])
+    if wide and getattr(node.target, "namespace", "") == "sparc":
+        return pytree.tree_map(widen, node.target(*args, **kwargs))  # type: ignore[operator]
     if wide:
         args, kwargs = fx.node.map_aggregate((args, kwargs), widen)  # type: ignore[misc]
     return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -75,7 +82,8 @@ def execute(
         weights: tensors by the names that `get_attr` nodes use.
         inputs: one value per placeholder, in order.
         wide: compute in float64: weights, inputs and every cast to a floating dtype.
-        watch: called with each node and its value as soon as it is computed; what it returns, when not None, replaces the value.
+        watch: called with each node, its value as soon as it is computed, and the values alive then (its arguments among them); what
+            it returns, when not None, replaces the value.
         grad: record gradients.
     """
     env: dict[fx.Node, Any] = {}
@@ -92,7 +100,7 @@ def execute(
             else:
                 env[node] = run_node(node, env, weights, wide=wide)
             if watch is not None:
-                replaced = watch(node, env[node])
+                replaced = watch(node, env[node], env)
                 if replaced is not None:
                     env[node] = replaced
             for dead in dies.get(node, ()):

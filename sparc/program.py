@@ -142,7 +142,7 @@ class Entry:
             node = self.graph.call_function(target, args, kwargs)
         origin = like if like is not None else before
         if origin is not None:
-            node.meta.update({key: origin.meta[key] for key in ("module", "source", "type") if key in origin.meta})
+            node.meta.update({key: origin.meta[key] for key in ("module", "source", "type", "block") if key in origin.meta})
         self.infer(node)
         return node
 
@@ -242,6 +242,14 @@ class Program:
         node.meta["val"] = entry.fake(self.weights[name])
         return node
 
+    def rename_weight(self, old: str, new: str) -> None:
+        """Give a weight another, free name."""
+        self.weights.put(new, self.weights.record(old))
+        self.weights.remove(old)
+        for entry in self.entries.values():
+            for node in weight_nodes(entry.graph, old):
+                node.target = new
+
     def sweep(self) -> None:
         """Remove nodes without effect, and weights that no entry uses."""
         used: set[str] = set()
@@ -265,7 +273,7 @@ class Program:
             args: positional inputs.
             entry: the entry's name; the first by default.
             wide: compute in float64.
-            watch: called with every node and its value.
+            watch: called with every node, its value, and the values alive (see `execute`).
             kwargs: inputs by name.
 
         Raises:
