@@ -1,1 +1,1 @@
-"""Three real models carried by PyPI packages, their data and their evaluation. See README.md for sources and licences."""
+"""Three real models carried by PyPI packages, their data and their evaluation (sources and licences: README.md)."""

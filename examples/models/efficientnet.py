@@ -12,7 +12,7 @@ from examples.models.packages import package_file
 _WEIGHTS = "efficientnet-lite0-57934424.pth"
 _BATCH_NORM_EPS = 1e-3
 _CALIBRATION_BATCH = 8
-# (repeats, kernel, stride, expansion, output channels), from the EfficientNet-Lite release of the TensorFlow TPU models.
+# (repeats, kernel, stride, expansion, output channels), from TensorFlow's EfficientNet-Lite release.
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -51,7 +51,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, inputs, h, w] to [batch, outputs, h / stride, w / stride]."""
-        y = self._relu6(self._bn0(self._expand_conv(x))) if self._expands else x
+        y: Tensor = self._relu6(self._bn0(self._expand_conv(x))) if self._expands else x
         y = self._relu6(self._bn1(self._depthwise_conv(self._padding(y))))
         y = self._bn2(self._project_conv(y))
         return x + y if self._residual else y
@@ -78,11 +78,12 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map float32 pixels [batch, 3, 224, 224] (`examples.models.images.to_pixels`) to logits [batch, 1000]."""
-        x = self._relu6(self._bn0(self._conv_stem(self._padding(pixel_values))))
+        x: Tensor = self._relu6(self._bn0(self._conv_stem(self._padding(pixel_values))))
         for block in self._blocks:
             x = block(x)
         x = self._relu6(self._bn1(self._conv_head(x)))
-        return self._fc(x.mean((2, 3)))
+        logits: Tensor = self._fc(x.mean((2, 3)))
+        return logits
 
 
 def load() -> nn.Module:
@@ -96,7 +97,7 @@ def load() -> nn.Module:
 
 def efficientnet() -> dict[str, Any]:
     """Return compile's arguments: dynamic batch, a fixed image size, 104 calibration crops in batches of 8."""
-    batches = calibration_crops().split(_CALIBRATION_BATCH)
+    batches = torch.split(calibration_crops(), _CALIBRATION_BATCH)
     return {
         "model": load(),
         "example_inputs": {"pixel_values": batches[0][:2]},

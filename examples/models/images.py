@@ -30,6 +30,11 @@ def held_out_images() -> list[Picture]:
     return _load("held_out")
 
 
+def held_out_names() -> list[str]:
+    """Return the held-out photographs' names (such as ``animal_bison``) in the order of `held_out_images`."""
+    return [path.stem for path in _paths("held_out")]
+
+
 def calibration_crops(count: int = 104, seed: int = 0) -> Tensor:
     """Return `count` crops of the calibration photographs (see `crops`)."""
     return crops(calibration_images(), count, seed)
@@ -43,10 +48,10 @@ def held_out_crops(count: int = 430, seed: int = 0) -> Tensor:
 def crops(pictures: Sequence[Picture], count: int, seed: int) -> Tensor:
     """Cut crops from photographs in turn: first the centre crop of each, then seeded random ones.
 
-    A random crop covers 40 to 100% of the photograph at an aspect ratio between 3:4 and 4:3, and is mirrored half the time.
+    A random crop covers 40 to 100% of the photograph, at an aspect ratio between 3:4 and 4:3; half are mirrored.
 
     Returns:
-        float32 [count, 3, 224, 224], normalised as the network expects. The crop at `i` shows picture ``i % len(pictures)``.
+        float32 [count, 3, 224, 224], normalised as the network expects; crop `i` shows picture ``i % len(pictures)``.
     """
     generator = random.Random(seed)
     cut = []
@@ -73,7 +78,11 @@ def to_pixels(pictures: Sequence[Picture]) -> Tensor:
 
 
 def _load(part: str) -> list[Picture]:
-    return [np.asarray(Image.open(path).convert("RGB")) for path in sorted((_FOLDER / part).glob("*.jpg"))]
+    return [np.asarray(Image.open(path).convert("RGB")) for path in _paths(part)]
+
+
+def _paths(part: str) -> list[Path]:
+    return sorted((_FOLDER / part).glob("*.jpg"))
 
 
 def _random_crop(picture: Picture, generator: random.Random) -> Picture:

