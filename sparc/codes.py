@@ -107,8 +107,8 @@ BAD_RECIPE = Code(
 ILLEGAL_ORDER = Code(
     "SPARC203",
     "the recipe's steps are in an illegal order",
-    "Steps run in the order canonicalise, fold, coalesce, structural cuts, rotate, equalise, low rank, masks, round, encode: a "
-    "later kind would undo or invalidate what an earlier one decided.",
+    "Steps run in the order canonicalise, fold, coalesce, structural cuts, rotate, equalise, low rank, masks, round, quantize "
+    "activations, correct, encode, cast: a later kind would undo or invalidate what an earlier one decided.",
     "reorder the steps",
 )
 SELECTOR_MATCHES_NOTHING = Code(
@@ -156,6 +156,19 @@ SYNTHETIC_DATA = Code(
     "checks ran on synthetic inputs",
     "No data= was given, so measurements use seeded random inputs of the example's shapes. They bound nothing about real data.",
     "pass data= for figures that mean something",
+)
+EXTENSION_BROKEN = Code(
+    "SPARC212",
+    "an installed extension could not be loaded",
+    "Its entry point in the group sparc.extensions raised an error, or what it returned is no valid Extension. Everything else works; "
+    "what the extension registers is missing.",
+    "upgrade or uninstall the distribution named, or report it to its author",
+)
+BAD_SELECTOR = Code(
+    "SPARC213",
+    "a selector is malformed",
+    "where= is one pattern or several: globs over the names of modules and weights, @type for an operator type, ! to exclude.",
+    "see the selectors in docs/recipes.md",
 )
 
 # 3xx: verification --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from sparc import codes
 from sparc.analysis.sites import Site, find_sites
 from sparc.contract import Contract
 from sparc.diag import Diagnostics, Location
-from sparc.encoding.base import spec_text
+from sparc.encoding.base import options_text
 from sparc.ledger import SkipRow
 from sparc.program import Program, location
 
@@ -57,9 +57,16 @@ class Pass(ABC):
     def run(self, program: Program, context: "PassContext") -> None:
         """Edit the program in place. The driver hands over a clone and checks the result."""
 
+    def watches(self, program: Program, context: "PassContext") -> Iterator[tuple[fx.Node, str]]:
+        """Which statistics the pass wants of which nodes, as (node, kind): by default every kind in `needs`, of every selected site's input."""
+        for site in context.sites(program):
+            for use in site.uses:
+                if isinstance(use.input, fx.Node):
+                    for kind in sorted(self.needs):
+                        yield use.input, kind
+
     def __str__(self) -> str:
-        options = spec_text(self).partition("(")[2]  # type: ignore[arg-type]
-        return f"{self.name}({options}"
+        return f"{self.name}({options_text(self)})"
 
 
 @dataclass

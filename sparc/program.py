@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparc.encoding.grid import Grid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weight:
     """A named constant of the program.
 

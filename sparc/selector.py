@@ -20,7 +20,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
 from typing import Protocol
 
 from sparc import codes
@@ -29,11 +28,12 @@ from sparc.suggest import hint
 
 OPERATOR_TYPES = ("linear", "conv", "conv_transposed", "embedding", "matmul")
 
-_MOST_ALTERNATIVES = 4096
 _LONGEST_PATTERN = 1000
+_LONGEST_EXPANSION = 65_536
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
 _STARS = re.compile(r"\*+")
+_PIECE = re.compile(r"\?|\[[^]]*\]?|[^?[]+")
 
 
 class Selectable(Protocol):
@@ -237,7 +237,6 @@ def _matches_nothing(step: Selecting, pattern: Pattern, suggestion: str) -> Pass
 
 
 # parsing --------------------------------------------------------------------------------------------------------------
-@lru_cache(maxsize=1024)
 def _parse_pattern(text: str) -> Pattern:
     body = text.removeprefix("!")
     name, at, operator = body.partition("@")
@@ -245,41 +244,44 @@ def _parse_pattern(text: str) -> Pattern:
         raise _malformed(text, "a name or an @type is missing")
     if len(text) > _LONGEST_PATTERN:
         raise _malformed(text[:40] + "…", f"it is longer than {_LONGEST_PATTERN} characters")
-    if "!" in body or "@" in operator or any(character.isspace() for character in body):
-        raise _malformed(text, "`!` belongs at the beginning, `@` occurs once, and blanks do not occur")
-    names = None if not name or _STARS.fullmatch(name) else _compile(text, name, r"(?:\.|$)")
-    operators = _compile(text, operator, "$") if at and not _STARS.fullmatch(operator) else None
+    if body[0] == "!" or "@" in operator or any(character.isspace() for character in body):
+        raise _malformed(text, "`!` stands at the beginning, `@` occurs once, and there are no blanks")
+    names = None if not name or _STARS.fullmatch(name) else _compile(text, name, r"(?:\.|\Z)")
+    operators = _compile(text, operator, r"\Z") if at and not _STARS.fullmatch(operator) else None
     return Pattern(text, names, operators, text.startswith("!"))
 
 
 def _compile(text: str, glob: str, end: str) -> re.Pattern[str]:
-    alternatives = []
-    for plain in _alternatives(text, glob):
-        pieces = [_piece(text, piece) for piece in re.findall(r"\*+|\?|\[[^]]*\]?|[^*?[]+", plain)]
-        alternatives.append("".join(pieces))
-    return re.compile(f"(?:{'|'.join(alternatives)}){end}", re.DOTALL)
+    return re.compile(f"(?:{'|'.join(_expression(text, plain) for plain in _alternatives(text, glob))}){end}", re.DOTALL)
+
+
+def _expression(text: str, plain: str) -> str:
+    """A glob without braces as a regular expression that never backtracks over more than its last star.
+
+    What stands between two stars has a fixed length, so its leftmost match is as good as any later one and can be atomic.
+    """
+    first, *rest = ["".join(_piece(text, piece) for piece in _PIECE.findall(part)) for part in _STARS.split(plain)]
+    middle = "".join(f"(?>.*?{part})" for part in rest[:-1] if part)
+    return first + middle + (f".*{rest[-1]}" if rest else "")
 
 
 def _piece(text: str, piece: str) -> str:
-    if piece[0] == "*":
-        return ".*"
     if piece == "?":
         return r"[^.]"
     if piece[0] != "[":
         return re.escape(piece)
-    members = piece[1:-1].removeprefix("!").removeprefix("^")
-    if not piece.endswith("]") or not re.fullmatch(r"[\w-]+", members) or re.search(r"(^|.-)-|[^\w-]", members):
+    negated, members = piece[1:2] in ("!", "^"), piece[1:-1].lstrip("!^")
+    if not piece.endswith("]") or not re.fullmatch(r"(?:\w-\w|\w)+", members):
         raise _malformed(text, f"{piece!r} is no set of characters such as [0-5]")
-    for low, high in re.findall(r"(\w)-(\w)", members):
-        if low > high:
-            raise _malformed(text, f"the range {low}-{high} is empty")
-    return f"[^.{members}]" if piece[1] in "!^" else f"[{members}]"
+    if any(low > high for low, high in re.findall(r"(\w)-(\w)", members)):
+        raise _malformed(text, f"{piece!r} holds an empty range")
+    return f"[^.{members}]" if negated else f"[{members}]"
 
 
 def _alternatives(text: str, glob: str) -> list[str]:
-    """The globs without braces that one with braces stands for, in the order of the first braces' alternatives."""
+    """The globs without braces that one with braces stands for."""
     done: dict[str, None] = {}
-    todo = [glob]
+    todo, size = [glob], 0
     while todo:
         current = todo.pop()
         braces = _BRACES.search(current)
@@ -287,10 +289,13 @@ def _alternatives(text: str, glob: str) -> list[str]:
             if "{" in current or "}" in current:
                 raise _malformed(text, "its braces are not balanced")
             done.setdefault(current)
-        else:
-            todo += [current[: braces.start()] + choice + current[braces.end() :] for choice in _choices(text, braces[1])]
-        if len(done) + len(todo) > _MOST_ALTERNATIVES:
-            raise _malformed(text, f"it stands for more than {_MOST_ALTERNATIVES} names")
+            continue
+        before, after = current[: braces.start()], current[braces.end() :]
+        choices = [before + choice + after for choice in _choices(text, braces[1])]
+        todo += choices
+        size += sum(len(choice) + 1 for choice in choices)
+        if size > _LONGEST_EXPANSION:
+            raise _malformed(text, "its braces stand for too many names")
     return list(done)
 
 
@@ -299,7 +304,7 @@ def _choices(text: str, inside: str) -> list[str]:
     if numbers is None:
         return inside.split(",")
     low, high = int(numbers[1]), int(numbers[2])
-    if not low <= high < low + _MOST_ALTERNATIVES:
+    if not low <= high < low + _LONGEST_EXPANSION // max(1, len(text)):
         raise _malformed(text, f"the range {inside} is empty or too long")
     return [str(number) for number in range(low, high + 1)]
 

@@ -7,6 +7,7 @@ Encodings see matrices of shape `[batch..., out, reduce]` (see `sparc.encoding.v
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import sympy
 import torch
@@ -121,10 +122,15 @@ class ElementEncoding(Encoding):
 
 
 def spec_text(encoding: Encoding) -> str:
-    """`IntGrid(bits=4, group=32)`: the encoding's name and the fields that differ from their defaults, in order."""
+    """`IntGrid(bits=4, group=32)`: the encoding's name and its options."""
+    return f"{type(encoding).__name__}({options_text(encoding)})"
+
+
+def options_text(options: Any) -> str:
+    """The fields of a frozen dataclass that differ from their defaults, in order: `bits=4, group=32`."""
     parts = []
-    for field in fields(encoding):
-        value = getattr(encoding, field.name)
+    for field in fields(options):
+        value = getattr(options, field.name)
         if value != field.default:
             parts.append(f"{field.name}={value if isinstance(value, Encoding) else repr(value)}")
-    return f"{type(encoding).__name__}({', '.join(parts)})"
+    return ", ".join(parts)

@@ -1,0 +1,169 @@
+"""What calibration can measure on a stream of tensors. Each observer sees one batch at a time and keeps a summary."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BINS = 2048
+_ROWS = 512
+
+
+class Observer(ABC):
+    """Updated with one value per batch; `result()` is the statistic."""
+
+    def __init__(self, axis: int = -1) -> None:
+        """Args: the channel axis, for statistics per channel."""
+        self.axis = axis
+
+    @abstractmethod
+    def update(self, value: Tensor) -> None:
+        """See one batch."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """The statistic over all batches."""
+
+    def by_channel(self, value: Tensor) -> Tensor:
+        """The value as float32 `[everything else, channels]`."""
+        return value.float().movedim(self.axis, -1).reshape(-1, value.shape[self.axis])
+
+
+class Range(Observer):
+    """`range`: the least and the greatest value, as a pair of floats."""
+
+    low, high = float("inf"), float("-inf")
+
+    def update(self, value: Tensor) -> None:
+        """Widen."""
+        low, high = torch.aminmax(value.float())
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+    def result(self) -> tuple[float, float]:
+        """(least, greatest)."""
+        return self.low, self.high
+
+
+class AbsMax(Observer):
+    """`absmax`: the greatest magnitude of each channel, `[channels]` float32."""
+
+    value: Tensor | None = None
+
+    def update(self, value: Tensor) -> None:
+        """Widen."""
+        found = self.by_channel(value).abs().amax(0)
+        self.value = found if self.value is None else torch.maximum(self.value, found)
+
+    def result(self) -> Tensor:
+        """`[channels]`."""
+        assert self.value is not None
+        return self.value
+
+
+class Moments(Observer):
+    """`moments`: mean and mean square of each channel, `[2, channels]` float64."""
+
+    count = 0
+    total: Tensor | None = None
+
+    def update(self, value: Tensor) -> None:
+        """Accumulate in float64."""
+        rows = self.by_channel(value)
+        found = torch.stack([rows.sum(0, dtype=torch.float64), rows.square().sum(0, dtype=torch.float64)])
+        self.total = found if self.total is None else self.total + found
+        self.count += rows.shape[0]
+
+    def result(self) -> Tensor:
+        """`[2, channels]`."""
+        assert self.total is not None
+        return self.total / self.count
+
+
+class Histogram(Observer):
+    """`histogram`: counts in equal bins over the range seen so far; `(counts, low, high)`.
+
+    When a batch leaves the range, the range is doubled towards it until it fits, so that old bins fall exactly into new ones.
+    """
+
+    counts: Tensor | None = None
+    low = high = 0.0
+
+    def update(self, value: Tensor) -> None:
+        """Count one batch."""
+        flat = value.float().flatten()
+        low, high = (float(x) for x in torch.aminmax(flat))
+        if self.counts is None:
+            self.low, self.high = low, high if high > low else low + 1e-8
+            self.counts = torch.zeros(_BINS, dtype=torch.float64)
+        while low < self.low or high > self.high:
+            self._double(towards_low=low < self.low)
+        self.counts += torch.histc(flat, _BINS, self.low, self.high).double()
+
+    def _double(self, towards_low: bool) -> None:
+        assert self.counts is not None
+        width = self.high - self.low
+        halved = self.counts.reshape(-1, 2).sum(1)
+        empty = torch.zeros_like(halved)
+        self.counts = torch.cat([empty, halved] if towards_low else [halved, empty])
+        self.low, self.high = (self.low - width, self.high) if towards_low else (self.low, self.high + width)
+
+    def result(self) -> tuple[Tensor, float, float]:
+        """(counts, low, high)."""
+        assert self.counts is not None
+        return self.counts, self.low, self.high
+
+
+class Rows(Observer):
+    """`rows`: evenly spaced rows of the value as `[rows, channels]`, at most 512, for error estimates."""
+
+    def __init__(self, axis: int = -1) -> None:
+        """Args: the channel axis."""
+        super().__init__(axis)
+        self.kept: list[Tensor] = []
+
+    def update(self, value: Tensor) -> None:
+        """Keep evenly spaced rows of the batch."""
+        rows = self.by_channel(value)
+        step = max(1, rows.shape[0] // 128)
+        self.kept.append(rows[::step][:128].clone())
+
+    def result(self) -> Tensor:
+        """`[rows, channels]`."""
+        rows = torch.cat(self.kept)
+        step = max(1, -(-rows.shape[0] // _ROWS))
+        return rows[::step]
+
+
+class Batches(Observer):
+    """`batches`: the first values as they are, at most four batches, for error estimates that need whole tensors."""
+
+    def __init__(self, axis: int = -1) -> None:
+        """Args: unused."""
+        super().__init__(axis)
+        self.kept: list[Tensor] = []
+
+    def update(self, value: Tensor) -> None:
+        """Keep the batch."""
+        if len(self.kept) < 4:
+            self.kept.append(value)
+
+    def result(self) -> list[Tensor]:
+        """The tensors."""
+        return self.kept
+
+
+KINDS: dict[str, type[Observer]] = {
+    "range": Range,
+    "absmax": AbsMax,
+    "moments": Moments,
+    "histogram": Histogram,
+    "rows": Rows,
+    "batches": Batches,
+}
+
+
+def observer(kind: str) -> Observer:
+    """An observer by its kind: a name of `KINDS`, with the channel axis after a colon when it is not the last: `moments:1`."""
+    name, _, axis = kind.partition(":")
+    return KINDS[name](int(axis or -1))
