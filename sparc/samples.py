@@ -1,0 +1,77 @@
+"""The inputs that checks and calibration run on: the user's data, split, or seeded variations of the example inputs."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparc import codes
+from sparc.diag import CaptureError, Diagnostics
+from sparc.pass_base import Samples
+from sparc.program import Program
+from sparc.progress import collect
+
+Data = Iterable[Any] | Callable[[], Iterable[Any]] | None
+_LIMIT = 1024
+_HELD_OUT_SHARE = 4
+
+
+def make_samples(program: Program, examples: Any, data: Data, diagnostics: Diagnostics) -> Samples:
+    """Samples for the program's first entry.
+
+    Args:
+        program: the captured program.
+        examples: the example inputs, positional or by name.
+        data: more inputs like them, or a function that returns them; every fourth one is held out from calibration.
+        diagnostics: told when there is no data.
+
+    Raises:
+        CaptureError: SPARC102 when an item does not fit the program's signature.
+    """
+    entry = next(iter(program.entries))
+    example = bind(program, examples)
+    if data is None:
+        diagnostics.remark(codes.SYNTHETIC_DATA, "measurements ran on synthetic inputs", why="data= was not given")
+        made = [example, *(vary(example, seed) for seed in (1, 2))]
+        return Samples({entry: made[:2]}, {entry: made[1:]}, synthetic=True)
+    items = collect(data() if callable(data) else data, "reading data", _LIMIT)
+    bound = [bind(program, item) for item in items]
+    if not bound:
+        raise CaptureError(codes.INPUTS_MISSING, "data= is empty", hint="give at least one input, better sixteen or more")
+    held_out = bound[_HELD_OUT_SHARE - 1 :: _HELD_OUT_SHARE] or [example]
+    calibration = [item for index, item in enumerate(bound) if index % _HELD_OUT_SHARE != _HELD_OUT_SHARE - 1]
+    return Samples({entry: held_out}, {entry: calibration or bound}, synthetic=False)
+
+
+def bind(program: Program, item: Any) -> list[Tensor]:
+    """One item of data as flat tensors.
+
+    Raises:
+        CaptureError: SPARC102 when it does not fit.
+    """
+    signature = program.main.signature
+    try:
+        if isinstance(item, Mapping):
+            known = {name: value for name, value in item.items() if name in signature.parameters}
+            return signature.bind((), known)
+        return signature.bind(item if isinstance(item, (tuple, list)) else (item,), {})
+    except Exception as error:  # ArtifactError of a mismatch, or whatever an odd item raises
+        raise CaptureError(codes.INPUTS_MISSING, "an input of data= does not fit the model", why=str(error).splitlines()[0]) from None
+
+
+def vary(tensors: list[Tensor], seed: int) -> list[Tensor]:
+    """A seeded variation: floats become normal numbers of the same mean and spread, integers of many values are shuffled, flags stay."""
+    generator = torch.Generator().manual_seed(seed)
+    varied = []
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel() > 1:
+            mean, spread = tensor.double().mean(), tensor.double().std()
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            varied.append((noise * spread + mean).to(tensor.dtype))
+        elif tensor.dtype in (torch.int32, torch.int64) and tensor.unique().numel() > 2:
+            order = torch.randperm(tensor.numel(), generator=generator)
+            varied.append(tensor.flatten()[order].reshape(tensor.shape))
+        else:
+            varied.append(tensor)
+    return varied
