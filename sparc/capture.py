@@ -64,7 +64,7 @@ def capture(
             module.training = True
     output_structure = Structure.of_spec(pytree.tree_structure(output))
     signature = Signature(tuple(named), structures, leaves, output_structure, (), positional)
-    return _to_program(exported, signature, symbol_names, entry, model)
+    return to_program(exported, signature, symbol_names, entry, dict(model.named_parameters(remove_duplicate=False)))
 
 
 def capture_entries(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], diagnostics: Diagnostics | None = None) -> Program:
@@ -263,9 +263,20 @@ def _first_lines(error: BaseException, limit: int = 3) -> str:
 
 
 # after the export ------------------------------------------------------------------------------------------------------
-def _to_program(exported: ExportedProgram, signature: Signature, names: dict[str, str], entry: str, model: nn.Module) -> Program:
+def to_program(
+    exported: ExportedProgram, signature: Signature, names: dict[str, str], entry: str, parameters: Mapping[str, Tensor]
+) -> Program:
+    """A Program from an exported program.
+
+    Args:
+        exported: what torch.export gave.
+        signature: how it is called, still without output leaves.
+        names: the user's names of its symbols.
+        entry: the entry's name.
+        parameters: the user's trainable tensors, tied ones under each of their names.
+    """
     exported = functionalize(exported)
-    weights, by_placeholder = _weights(exported, model)
+    weights, by_placeholder = _weights(exported, parameters)
     user_inputs = [s.arg for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
     leaf_of = {a.name: leaf for a, leaf in zip(user_inputs, signature.input_leaves, strict=True)}
     graph = fx.Graph()
@@ -300,9 +311,8 @@ def _to_program(exported: ExportedProgram, signature: Signature, names: dict[str
     return program
 
 
-def _weights(exported: ExportedProgram, model: nn.Module) -> tuple[WeightStore, dict[str, str]]:
+def _weights(exported: ExportedProgram, parameters: Mapping[str, Tensor]) -> tuple[WeightStore, dict[str, str]]:
     """The weights under the user's names, tied ones once; and which placeholder stands for which."""
-    trainable = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     store, by_placeholder, by_storage = WeightStore(), {}, {}
     kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
     for spec in exported.graph_signature.input_specs:
@@ -314,9 +324,9 @@ def _weights(exported: ExportedProgram, model: nn.Module) -> tuple[WeightStore, 
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
         canonical = by_storage.setdefault(key, name)
         if canonical == name:
-            store.put(name, Weight(tensor, None, (name,), name in trainable))
+            store.put(name, Weight(tensor, None, (name,), name in parameters))
         by_placeholder[spec.arg.name] = canonical
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         key = (parameter.data_ptr(), parameter.dtype, tuple(parameter.shape), parameter.stride()) if parameter.numel() else name
         canonical = by_storage.get(key, name)
         if canonical != name:

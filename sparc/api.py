@@ -1,0 +1,159 @@
+"""compile(): the whole pipeline, readable top to bottom."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from sparc import codes, evidence
+from sparc.analysis.sites import find_sites
+from sparc.artifact import Artifact
+from sparc.capture import Dynamic, capture
+from sparc.diag import Diagnostics, PassError
+from sparc.driver import VERIFY_LEVELS, Driver
+from sparc.exported import capture_exported
+from sparc.pass_base import Pass, Samples, Stage
+from sparc.program import Program
+from sparc.recipe import Recipe, Step, resolve_recipe
+from sparc.registry import Registry
+from sparc.samples import Data, make_samples
+from sparc.selector import assign
+from sparc.signature import bind_examples
+from sparc.target import EmitContext, Emission, Target
+
+RecipeLike = str | Path | Recipe | Iterable[Pass | Step]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What compile would do: the steps, and the sites each one is for.
+
+    Args:
+        recipe: the recipe.
+        program: the captured program.
+        claims: for each step, the weights it claims.
+    """
+
+    recipe: Recipe
+    program: Program
+    claims: tuple[frozenset[str], ...]
+
+
+def registry(diagnostics: Diagnostics | None = None) -> Registry:
+    """Everything registered: sparc's own passes, encodings, recipes and targets, and those of installed extensions."""
+    from sparc import codegen, passes
+
+    return Registry.load([passes.extension(), codegen.extension()], diagnostics or Diagnostics())
+
+
+def compile(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    *,
+    recipe: RecipeLike = "w8",
+    target: str = "onnx",
+    dynamic: Dynamic | None = None,
+    data: Data = None,
+    metric: Callable[[Artifact], Any] | None = None,
+    verify: str = "sample",
+    options: Mapping[str, Any] | None = None,
+    measure: bool = True,
+) -> Artifact:
+    """Capture a model, compress it by a recipe, check everything, and lower it to a target.
+
+    Args:
+        model: a module in float32, or an exported program.
+        example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
+        recipe: a registered name (`w8`, `w4`, `w8a8`, ...), a TOML file, a Recipe, or passes in order.
+        target: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`, `reference`.
+        dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`.
+        data: inputs for calibration and measuring, or a function that returns them; every fourth one is held out from calibration.
+        metric: called with the artifact; False stops the compile, a number is reported.
+        verify: `types`, `sample` or `full`.
+        options: options of the target, such as `opset`.
+        measure: time the artifact against the uncompressed model.
+
+    Returns:
+        An artifact that is called exactly like the model.
+
+    Raises:
+        SparcError: a diagnostic with a stable code, what, where, why and what to do next; nothing is left behind.
+    """
+    diagnostics = Diagnostics()
+    known = registry(diagnostics)
+    chosen, place = resolve_recipe(recipe, known), known.target(target)
+    check_verify(verify)
+    captured = _capture(model, example_inputs, dynamic, diagnostics)
+    samples = make_samples(captured, example_inputs, data, diagnostics)
+    driver = Driver(captured, samples, diagnostics, verify=verify)
+    baseline = run_steps(driver, chosen)
+    context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
+    emission = place.emit(driver.program, context)
+    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml())
+    _gather_evidence(artifact, captured, baseline, samples, target)
+    if measure:
+        _measure(artifact, model, example_inputs, place, baseline, context)
+    driver.ledger.summary.metric = evidence.check_metric(metric, artifact)
+    return artifact
+
+
+def plan(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    *,
+    recipe: RecipeLike = "w8",
+    dynamic: Dynamic | None = None,
+) -> Plan:
+    """What compile would do, without doing it; the arguments are compile's."""
+    diagnostics = Diagnostics()
+    chosen = resolve_recipe(recipe, registry(diagnostics))
+    program = _capture(model, example_inputs, dynamic, diagnostics)
+    sites, others = find_sites(program)
+    return Plan(chosen, program, tuple(frozenset(claimed) for claimed in assign(chosen.steps, sites, others)))
+
+
+def check_verify(verify: str) -> None:
+    """Raises PassError SPARC209 for a level that does not exist."""
+    if verify not in VERIFY_LEVELS:
+        raise PassError(codes.BAD_OPTION, f"verify={verify!r} does not exist", hint=f"one of {', '.join(VERIFY_LEVELS)}")
+
+
+def run_steps(driver: Driver, recipe: Recipe) -> Program:
+    """Run a recipe's steps; returns the program before the first step that approximates."""
+    baseline = driver.program
+    for index, step in enumerate(recipe.steps):
+        claimed = assign(recipe.steps, *find_sites(driver.program))[index]
+        where = step.where if isinstance(step.where, str) else ", ".join(step.where)
+        if step.pass_.stage < Stage.MASK:
+            driver.run(step.pass_, where, lambda site, claimed=claimed: site.weight in claimed)
+            baseline = driver.program
+        else:
+            driver.run(step.pass_, where, lambda site, claimed=claimed: site.weight in claimed)
+    return baseline
+
+
+def _capture(model: nn.Module | ExportedProgram, examples: Any, dynamic: Dynamic | None, diagnostics: Diagnostics) -> Program:
+    if isinstance(model, ExportedProgram):
+        return capture_exported(model, diagnostics=diagnostics)
+    return capture(model, examples, dynamic=dynamic, diagnostics=diagnostics)
+
+
+def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, samples: Samples, target: str) -> None:
+    ledger, emission = artifact.ledger, artifact.emission
+    why = evidence.skip_reasons(artifact.diagnostics)
+    ledger.sites = evidence.site_rows(baseline, artifact.program, emission, samples, why)
+    ledger.summary = evidence.summarize(captured, artifact.program, emission, samples, target, captured.weights.nbytes)
+
+
+def _measure(
+    artifact: Artifact, model: nn.Module | ExportedProgram, examples: Any, place: Target, baseline: Program, context: EmitContext
+) -> None:
+    dense: Emission = place.emit(baseline, EmitContext(Diagnostics(), context.options, context.lowerings))
+    entry = next(iter(artifact.program.entries))
+    module = model if isinstance(model, nn.Module) else model.module()
+    named, _ = bind_examples(module.forward, examples)
+    tensors = artifact.program.main.signature.bind((), named)
+    artifact.ledger.summary.latencies = evidence.latencies(artifact.emission.runner(entry), dense.runner(entry), module, named, tensors)

@@ -1,0 +1,152 @@
+"""The evidence of a compilation: what became of every site, how far outputs moved, what was gained in size and time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparc import codes
+from sparc.analysis.sites import Site, find_sites
+from sparc.diag import Diagnostics, VerifyError
+from sparc.encoding.operators import is_decode, is_quantize
+from sparc.ledger import Ratio, SiteRow, Summary
+from sparc.measure import paired_ratio
+from sparc.pass_base import Samples
+from sparc.program import Program
+from sparc.target import Emission, Runner
+from sparc.verify import measure_sites, output_errors
+
+
+def site_rows(baseline: Program, program: Program, emission: Emission, samples: Samples, why: Mapping[str, str]) -> list[SiteRow]:
+    """One row for every compressible weight of `baseline`, in its order.
+
+    Args:
+        baseline: the program before anything was approximated.
+        program: the compiled program.
+        emission: what the target made of it.
+        samples: inputs for signal-to-noise ratios.
+        why: for weights that stayed dense, the reason a pass gave.
+    """
+    batches = {entry: inputs[:2] for entry, inputs in samples.held_out.items()}
+    measured = {measure.node: measure.worst for measure in measure_sites(baseline, program, batches, "snr_db")}
+    after = {site.weight: site for site in find_sites(program)[0]}
+    rows = []
+    for site in find_sites(baseline)[0]:
+        now = after.get(site.weight)
+        row = SiteRow(site.weight, site.location.module, site.location.source, site.operator)
+        row.dense_bytes = baseline.weights[site.weight].nbytes
+        row.snr_db = min((measured[use.node.name] for use in site.uses if use.node.name in measured), default=None)
+        if now is not None and now.encoded:
+            row.encoding = str(now.source.args[1])
+        row.activation = activation_spec(now)
+        row.file_bytes = stored_bytes(program, now, row.dense_bytes)
+        kernel = emission.kernels.get(site.weight)
+        row.kernel = kernel.operator if kernel else ""
+        row.resident_bytes = kernel.resident_bytes if kernel else row.file_bytes
+        row.note = (kernel.note if kernel else "") or ("" if row.encoding != "dense" else why.get(site.weight, ""))
+        rows.append(row)
+    return rows
+
+
+def activation_spec(site: Site | None) -> str:
+    """The spec a site's input is quantized to; several are joined by `+`."""
+    node: Any = site.uses[0].input if site is not None else None
+    specs: list[str] = []
+    stack = [node]
+    while stack:
+        value = stack.pop()
+        if is_decode(value):
+            specs.append(str(value.args[1]))
+        elif isinstance(value, fx.Node) and value.target is torch.ops.aten.add.Tensor and any(map(is_decode, value.all_input_nodes)):
+            stack.extend(value.all_input_nodes)
+    return "+".join(specs)
+
+
+def stored_bytes(program: Program, site: Site | None, dense: int) -> int:
+    """Bytes of the site's tensors in the program's store."""
+    if site is None:
+        return dense
+    if not site.encoded:
+        return program.weights[site.weight].nbytes if site.weight in program.weights else dense
+    return sum(program.weights[str(part.target)].nbytes for part in site.source.args[0])  # type: ignore[union-attr]
+
+
+def is_activation_quantized(program: Program) -> bool:
+    """Whether any activation of the program is quantized."""
+    return any(is_quantize(node) for _, node in program.nodes())
+
+
+def run_all(run: Callable[[Sequence[Tensor]], list[Any]], batches: Sequence[list[Tensor]]) -> list[list[Any]]:
+    """The flat outputs for every batch."""
+    return [run(tensors) for tensors in batches]
+
+
+def summarize(
+    reference: Program, program: Program, emission: Emission, samples: Samples, target: str, dense_bytes: int
+) -> Summary:
+    """Whole-model sizes and output errors of the artifact, in the target's runtime, on held-out inputs.
+
+    Args:
+        reference: the captured model.
+        program: the compiled program.
+        emission: what the target made of it.
+        samples: held-out inputs.
+        target: the target's name.
+        dense_bytes: bytes of the captured model's weights.
+    """
+    entry = next(iter(program.entries))
+    batches = samples.held_out[entry][:8]
+    runner = emission.runner(entry)
+    expected = run_all(lambda tensors: reference.run_flat(list(tensors), entry=entry), batches)
+    actual = run_all(runner, batches)
+    names = program.main.signature.output_names
+    stored = sum(stored.tensor.nbytes for stored in emission.stored)
+    resident = stored + sum(kernel.resident_bytes for kernel in emission.kernels.values()) - _carried_bytes(program, emission)
+    summary = Summary(target, "synthetic" if samples.synthetic else "held out", dense_bytes, stored, resident)
+    summary.errors = output_errors(names, expected, actual)
+    lowered = output_errors(names, run_all(lambda tensors: program.run_flat(list(tensors), entry=entry), batches[:1]), actual[:1])
+    summary.parity = {name: figures["relative error"] for name, figures in lowered.items()}
+    return summary
+
+
+def _carried_bytes(program: Program, emission: Emission) -> int:
+    """File bytes of the weights whose resident size the target states itself."""
+    sites = {site.weight: site for site in find_sites(program)[0]}
+    return sum(stored_bytes(program, sites.get(name), 0) for name in emission.kernels)
+
+
+def latencies(
+    runner: Runner, dense: Runner | None, model: nn.Module | None, example: Mapping[str, Any], tensors: list[Tensor], *, budget: float = 6.0
+) -> list[Ratio]:
+    """The artifact's time against the uncompressed model in the same runtime, and against eager torch, at the example's shapes."""
+    found = []
+    if dense is not None:
+        found.append(paired_ratio(lambda: runner(tensors), lambda: dense(tensors), "uncompressed, same runtime", budget=budget))
+    if model is not None:
+        with torch.no_grad():
+            found.append(paired_ratio(lambda: runner(tensors), lambda: model(**example), "eager torch", budget=budget))
+    return found
+
+
+def check_metric(metric: Callable[[Any], Any] | None, artifact: Any) -> float | None:
+    """What the user's metric says of the artifact.
+
+    Raises:
+        VerifyError: SPARC303 when it returns False.
+    """
+    if metric is None:
+        return None
+    value = metric(artifact)
+    if value is False:
+        raise VerifyError(codes.METRIC_FAILED, "the user's metric failed", why="metric(artifact) returned False")
+    return float(value)
+
+
+def skip_reasons(diagnostics: Diagnostics) -> dict[str, str]:
+    """For each candidate that a pass left alone, the last reason given."""
+    return {
+        item.what.removesuffix(" was left alone"): item.why
+        for item in diagnostics
+        if item.code is codes.NOT_MATCHED and item.what.endswith(" was left alone")
+    }
