@@ -1,0 +1,5 @@
+"""Rounding: moving weights onto the grids that encodings need."""
+
+from sparc.passes.round.weights import Round
+
+__all__ = ["Round"]
