@@ -34,7 +34,7 @@ def capture_exported(exported: ExportedProgram, *, entry: str = "forward", diagn
         structure = Structure.of_spec(child)
         own = [next(names) for _ in range(structure.size)]
         keyword = index - args_spec.num_children
-        name = keys[keyword] if keyword >= 0 else _common_name([argument.name for argument in own])
+        name = keys[keyword] if keyword >= 0 else _own_name(own[0].name, structure.paths()[0])
         parameters.append(name)
         structures.append(structure)
         for path, argument in zip(structure.paths(name), own, strict=True):
@@ -44,11 +44,9 @@ def capture_exported(exported: ExportedProgram, *, entry: str = "forward", diagn
     return to_program(exported, signature, _symbol_names(exported), entry, {})
 
 
-def _common_name(placeholders: list[str]) -> str:
-    if len(placeholders) == 1:
-        return placeholders[0]
-    shared = [part for part, *others in zip(*(name.split("_") for name in placeholders), strict=False) if all(o == part for o in others)]
-    return "_".join(shared) or placeholders[0].partition("_")[0]
+def _own_name(placeholder: str, path: str) -> str:
+    """torch names a nested input's first leaf `past_0_key`; without the path in it that is `past`."""
+    return placeholder.removesuffix("_" + path.replace(".", "_")) if path else placeholder
 
 
 def _frozen(argument: Any) -> Frozen:
