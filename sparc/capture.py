@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
@@ -165,14 +164,16 @@ def _dimensions(leaves: tuple[Leaf, ...], flat: list[Any], dynamic: Dynamic) -> 
 
 
 def _tile(leaves: tuple[Leaf, ...], flat: list[Any], by_leaf: dict[str, dict[int, Any]], diagnostics: Diagnostics) -> list[Any]:
-    """Repeat examples along every dynamic dimension of size 1: torch.export would take the size for a constant."""
+    """Examples fit for tracing: contiguous, since torch.export takes a stride for a constant that a dynamic size must differ from, and
+    doubled along every dynamic dimension of size 1, since it takes that size for a constant too.
+    """
     tiled = []
     for leaf, value in zip(leaves, flat, strict=True):
         for axis, dimension in by_leaf.get(leaf.name, {}).items():
             if value.shape[axis] == 1:
                 value = torch.cat([value, value], dim=axis)
                 diagnostics.remark(codes.EXAMPLE_TILED, f"input {leaf.name!r} was doubled along {dimension.__name__!r} for tracing")
-        tiled.append(value)
+        tiled.append(value.contiguous() if isinstance(value, Tensor) else value)
     return tiled
 
 
@@ -193,18 +194,22 @@ def _export_refining(model: nn.Module, examples: dict[str, Any], shapes: Any, di
 
 
 def _refine(message: str, shapes: Any, diagnostics: Diagnostics) -> Any:
+    """Dynamic shapes with the ranges that torch suggests, which it prints as `seq = Dim('seq', max=512)`."""
     fixes = message.partition("Suggested fixes:")[2]
     constant = re.search(r"^\s*(\w+) = (\d+)\s*$", fixes, re.MULTILINE)
     if constant:
         raise CaptureError(
             codes.DYNAMIC_DIMENSION, f"dimension {constant[1]!r} cannot vary", why=f"the model fixes it to {constant[2]}"
         )
-    for line in fixes.strip().splitlines():
-        diagnostics.remark(codes.RANGE_NARROWED, f"a dynamic dimension was narrowed: {line.strip()}")
-    try:
-        return refine_dynamic_shapes_from_suggested_fixes(message, shapes)
-    except Exception as error:  # the text is torch's own and may change
-        raise CaptureError(codes.DYNAMIC_DIMENSION, "a dynamic dimension cannot vary freely", why=fixes.strip() or str(error)) from None
+    ranges: dict[str, Any] = {}
+    for name, options in re.findall(r"^\s*(\w+) = Dim\('\w+'(.*)\)\s*$", fixes, re.MULTILINE):
+        bounds = {key: int(value) for key, value in re.findall(r"(min|max)=(\d+)", options)}
+        ranges[name] = Dim(name, **bounds)
+        text = " and ".join(f"{'at least' if key == 'min' else 'at most'} {value}" for key, value in bounds.items())
+        diagnostics.remark(codes.RANGE_NARROWED, f"dimension {name!r} must be {text}")
+    if not ranges:
+        raise CaptureError(codes.DYNAMIC_DIMENSION, "a dynamic dimension cannot vary freely", why=" ".join(fixes.split())[:300])
+    return pytree.tree_map_only(type(Dim("any")), lambda dimension: ranges.get(dimension.__name__, dimension), shapes)
 
 
 def _refusal(error: BaseException) -> CaptureError:
