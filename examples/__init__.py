@@ -1,0 +1,1 @@
+"""Short programs that run, and the models they run on."""
