@@ -1,0 +1,67 @@
+"""Benchmark results: a table on the terminal, and JSON beside the benchmark that made it."""
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sparc.ledger import Ratio
+from sparc.measure import paired_ratio
+
+FOLDER = Path(__file__).parent / "results"
+PAIRS = 200
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on: processor, threads and library versions."""
+    model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    return {
+        "processor": model,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _cpuinfo() -> Sequence[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else ()
+
+
+def compare(ours: Callable[[], object], contenders: Mapping[str, Callable[[], object]], pairs: int = PAIRS) -> list[dict[str, Any]]:
+    """Paired, interleaved ratios of `ours` to every contender, and to itself as the control."""
+    rows = [paired_ratio(ours, ours, "itself (control)", pairs=pairs, budget=1e9)]
+    rows += [paired_ratio(ours, other, name, pairs=pairs, budget=1e9) for name, other in contenders.items()]
+    return [asdict(row) for row in rows]
+
+
+def ratio_text(row: Mapping[str, Any] | Ratio) -> str:
+    """`0.62 [0.60, 0.64]`."""
+    values = row if isinstance(row, Mapping) else asdict(row)
+    return f"{values['median']:.2f} [{values['low']:.2f}, {values['high']:.2f}]"
+
+
+def save(name: str, figures: Mapping[str, Any]) -> Path:
+    """Write figures with the machine they were taken on."""
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
+    return path
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as a table; the columns are the keys of the first."""
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
