@@ -144,6 +144,7 @@ BAD_OPTION = Code(
     "SPARC209",
     "an option of a pass or an encoding is wrong",
     "The value is out of range or of the wrong type.",
+    "see the options in `sparc passes`",
 )
 DUPLICATE_EXTENSION = Code(
     "SPARC210",
@@ -283,6 +284,18 @@ VERSION_UNKNOWN = Code(
     "the artifact was written by another format version",
     "This version of sparc does not know the format.",
     "use the sparc version named in the manifest",
+)
+UNWRITABLE = Code(
+    "SPARC508",
+    "a program holds something that cannot be stored",
+    "Programs are stored as data: registered functional operators, plain arguments, dense tensors. Nothing is pickled.",
+    "replace the operator or argument named, or register the operator with torch.library",
+)
+NOT_EXPORTABLE = Code(
+    "SPARC509",
+    "the target does not export ONNX",
+    "Only artifacts of the onnx targets hold an ONNX model.",
+    'compile with target="onnx"',
 )
 
 

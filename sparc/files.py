@@ -1,7 +1,7 @@
 """Files that outlive a crash: written whole or not at all, and read within bounds.
 
-A folder is written under a temporary name beside its final place, flushed to disk and renamed; a file likewise. Reading refuses
-links, devices, anything larger than a stated limit, and names that could leave the folder.
+A folder is written under a temporary name beside its final place, flushed to disk and renamed; a file likewise. Reading
+refuses links, devices, anything larger than a stated limit, and names that could leave the folder.
 """
 
 import errno
@@ -32,7 +32,7 @@ class FileRecord:
     sha256: str
 
 
-# writing ----------------------------------------------------------------------------------------------------------------
+# writing --------------------------------------------------------------------------------------------------------------
 @contextmanager
 def writing() -> Iterator[None]:
     """Turn an operating system's refusal to write into SPARC505."""
@@ -78,7 +78,8 @@ def replace_file(path: str | Path, content: Buffer | Iterable[Buffer]) -> None:
 def new_folder(path: str | Path, may_replace: Callable[[Path], str | None]) -> Iterator[Path]:
     """A temporary folder to write into; at the end of the block it takes its place at `path`, in one rename.
 
-    Whatever interrupts the block (an error, a full disk, Ctrl-C) removes the temporary folder and leaves `path` as it was.
+    Whatever interrupts the block (an error, a full disk, Ctrl-C) removes the temporary folder and leaves `path` as it
+    was.
 
     Args:
         path: the folder's final place; missing parents are made.
@@ -92,7 +93,9 @@ def new_folder(path: str | Path, may_replace: Callable[[Path], str | None]) -> I
         if os.path.lexists(target):
             reason = may_replace(target)
             if reason is not None:
-                raise ArtifactError(codes.WRITE_FAILED, f"{target.name} is not replaced", why=reason, hint="choose another folder")
+                raise ArtifactError(
+                    codes.WRITE_FAILED, f"{target.name} is not replaced", why=reason, hint="choose another folder"
+                )
         made = _make_parents(target.parent)
         temporary = _beside(target, "new")
         try:
@@ -153,7 +156,7 @@ def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-# reading ----------------------------------------------------------------------------------------------------------------
+# reading --------------------------------------------------------------------------------------------------------------
 def check_name(name: str) -> None:
     """Refuse a file name that is not a plain name in the folder itself.
 
@@ -161,14 +164,17 @@ def check_name(name: str) -> None:
         ArtifactError: SPARC504.
     """
     if not _NAME.fullmatch(name):
-        raise ArtifactError(codes.PATH_ESCAPES, f"the artifact names a file {name!r}", why="only plain file names are read")
+        raise ArtifactError(
+            codes.PATH_ESCAPES, f"the artifact names a file {name!r}", why="only plain file names are read"
+        )
 
 
 def check_file(folder: Path, name: str, limit: int) -> int:
     """The size of a file of the folder, which must be an ordinary file without links.
 
     Raises:
-        ArtifactError: SPARC501 when it is missing, SPARC504 for a link or a device, SPARC503 when it is larger than `limit` bytes.
+        ArtifactError: SPARC501 when it is missing, SPARC504 for a link or a device, SPARC503 when it is larger than
+            `limit` bytes.
     """
     check_name(name)
     try:
@@ -178,9 +184,13 @@ def check_file(folder: Path, name: str, limit: int) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError(codes.PATH_ESCAPES, f"{name} is not an ordinary file")
     if status.st_nlink > 1:
-        raise ArtifactError(codes.PATH_ESCAPES, f"{name} is a hard link to a file elsewhere", hint="copy the folder without links")
+        raise ArtifactError(
+            codes.PATH_ESCAPES, f"{name} is a hard link to a file elsewhere", hint="copy the folder without links"
+        )
     if status.st_size > limit:
-        raise ArtifactError(codes.ARTIFACT_MALFORMED, f"{name} is too large", why=f"{status.st_size} bytes, the limit is {limit}")
+        raise ArtifactError(
+            codes.ARTIFACT_MALFORMED, f"{name} is too large", why=f"{status.st_size} bytes, the limit is {limit}"
+        )
     return status.st_size
 
 

@@ -30,6 +30,14 @@ class StoredTensor:
     layout: str = IDENTITY
 
 
+@dataclass(frozen=True)
+class Span:
+    """Where a tensor's bytes lie in a file: offset and length in bytes."""
+
+    offset: int
+    length: int
+
+
 @dataclass
 class KernelUse:
     """How the target carries one compressed or compressible weight.
@@ -56,8 +64,12 @@ class Emission(Protocol):
         """A callable on one tensor per placeholder, in the target's runtime."""
         ...
 
-    def files(self) -> Mapping[str, bytes]:
-        """The target's own files for the artifact's folder; their tensors live in `weights.safetensors`."""
+    def files(self, spans: Mapping[str, Span]) -> Mapping[str, bytes]:
+        """The target's own files for the artifact's folder; their tensors live in `weights.safetensors`.
+
+        Args:
+            spans: where each stored tensor's bytes lie in `weights.safetensors`, by name.
+        """
         ...
 
 
@@ -83,7 +95,7 @@ class Target(Protocol):
     name: str
 
     def emit(self, program: Program, context: EmitContext) -> Emission:
-        """Lower a program.
+        """Lower a program. The program may be used and edited afterwards; the emission shares its tensors.
 
         Raises:
             LoweringError: SPARC4xx.

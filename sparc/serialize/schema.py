@@ -28,7 +28,16 @@ def reading(what: str) -> Iterator[None]:
     """Turn whatever malformed values provoke into SPARC503."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, AssertionError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        AssertionError,
+    ) as error:
         raise malformed(f"{what} is malformed", f"{type(error).__name__}: {error}"[:300]) from None
 
 

@@ -1,7 +1,7 @@
 """Symbolic sizes as JSON: a number, a symbol's name, or `{"op": "Add", "args": [...]}`; and the symbols themselves.
 
-A symbol is described by its kind, its range, the size it had in the example and the user's name for it. Only the functions of a fixed
-table can be named, and nothing is ever evaluated as text.
+A symbol is described by its kind, its range, the size it had in the example and the user's name for it. Only the
+functions of a fixed table can be named, and nothing is ever evaluated as text.
 """
 
 import re
@@ -10,8 +10,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy import functions
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.symbol import SymT, symbol_is_type
@@ -20,9 +20,9 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from sparc.serialize import schema
 from sparc.serialize.schema import malformed, unwritable
 
-_OWN = ("FloorDiv", "ModularIndexing", "Mod", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "Max", "Min", "TruncToInt",
-        "TruncToFloat", "RoundToInt", "ToFloat", "FloatTrueDiv", "IntTrueDiv", "PowByNatural", "FloatPow", "Where", "Identity",
-        "OpaqueUnaryFn_sqrt")  # fmt: skip
+_OWN = ("FloorDiv", "ModularIndexing", "Mod", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "Max",
+        "Min", "TruncToInt", "TruncToFloat", "RoundToInt", "ToFloat", "FloatTrueDiv", "IntTrueDiv", "PowByNatural",
+        "FloatPow", "Where", "Identity", "OpaqueUnaryFn_sqrt")  # fmt: skip
 _SYMPY = ("Add", "Mul", "Pow", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not")
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: getattr(functions, name) for name in _OWN if hasattr(functions, name)},
@@ -30,8 +30,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _CLASSES: dict[Any, str] = {
     **{value: name for name, value in _FUNCTIONS.items()},
-    sympy.Equality: "Eq", sympy.Unequality: "Ne", sympy.StrictLessThan: "Lt", sympy.LessThan: "Le", sympy.StrictGreaterThan: "Gt",
-    sympy.GreaterThan: "Ge",
+    sympy.Equality: "Eq", sympy.Unequality: "Ne", sympy.StrictLessThan: "Lt", sympy.LessThan: "Le",
+    sympy.StrictGreaterThan: "Gt", sympy.GreaterThan: "Ge",
 }  # fmt: skip
 _KINDS: dict[str, tuple[SymT, dict[str, bool]]] = {
     "size": (SymT.SIZE, {"integer": True, "positive": True}),
@@ -43,7 +43,7 @@ _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 Expression = Any
 
 
-# expressions ------------------------------------------------------------------------------------------------------------
+# expressions ----------------------------------------------------------------------------------------------------------
 def expression_to_json(expression: Expression) -> Any:
     """An expression (or a plain number) as JSON.
 
@@ -87,7 +87,9 @@ def expression_from_json(value: Any, symbols: Mapping[str, sympy.Symbol], depth:
     if isinstance(value, dict) and "float" in value:
         return sympy.Float(float.fromhex(schema.fields(value, "a number", ["float"])["float"]))
     found = schema.fields(value, "a size", ["op", "args"])
-    arguments = [expression_from_json(argument, symbols, depth + 1) for argument in schema.items(found["args"], "arguments")]
+    arguments = [
+        expression_from_json(argument, symbols, depth + 1) for argument in schema.items(found["args"], "arguments")
+    ]
     if found["op"] == "Rational":
         return sympy.Rational(*arguments)
     if found["op"] not in _FUNCTIONS:
@@ -110,13 +112,15 @@ def evaluate(value: Any, symbols: Mapping[str, sympy.Symbol], sizes: Mapping[sym
     """The number that a dimension's JSON stands for when the symbols have these sizes."""
     if isinstance(value, int):
         return value
-    result = expression_from_json(value, symbols).xreplace({symbol: sympy.Integer(size) for symbol, size in sizes.items()})
+    result = expression_from_json(value, symbols).xreplace(
+        {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
+    )
     if result in (sympy.true, sympy.false):
         return bool(result)
     return int(result) if result.is_integer else float(result)
 
 
-# symbols ----------------------------------------------------------------------------------------------------------------
+# symbols --------------------------------------------------------------------------------------------------------------
 def symbols_to_json(environment: ShapeEnv | None, used: set[sympy.Symbol]) -> dict[str, Any]:
     """Kind, range and example size of every used symbol, by name, in order of name.
 
@@ -152,7 +156,9 @@ def _bound(value: Any) -> int | None:
 
 
 def _hints(environment: ShapeEnv) -> Mapping[sympy.Symbol, Any]:
-    found: Mapping[sympy.Symbol, Any] = getattr(environment, "backed_var_to_val", None) or getattr(environment, "var_to_val", {})
+    found: Mapping[sympy.Symbol, Any] = getattr(environment, "backed_var_to_val", None) or getattr(
+        environment, "var_to_val", {}
+    )
     return found
 
 
@@ -175,7 +181,9 @@ def symbols_from_json(described: Any) -> tuple[ShapeEnv, dict[str, sympy.Symbol]
             raise malformed(f"symbol {name!r} is no {each['kind']}")
         symbols[name] = symbol
         low, high = (_limit(bound) for bound in each.get("range", [None, None]))
-        environment.var_to_range[symbol] = ValueRanges(-int_oo if low is None else low, int_oo if high is None else high)
+        environment.var_to_range[symbol] = ValueRanges(
+            -int_oo if low is None else low, int_oo if high is None else high
+        )
         if "example" in each:
             _set_hint(environment, symbol, schema.integer(each["example"], "an example size"))
         if kind is SymT.UNBACKED_INT:
@@ -217,5 +225,7 @@ def prime_sizes(described: Mapping[str, Any], symbols: Mapping[str, sympy.Symbol
         candidate = sympy.nextprime(max(low - 1, 10))
         while candidate in taken:
             candidate = sympy.nextprime(candidate)
-        sizes[symbol] = int(candidate) if high is None or candidate <= high else int(described[name].get("example", low))
+        sizes[symbol] = (
+            int(candidate) if high is None or candidate <= high else int(described[name].get("example", low))
+        )
     return sizes

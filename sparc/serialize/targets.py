@@ -1,4 +1,4 @@
-"""Operators by name: `aten.linear.default`, `operator.getitem`. A name resolves to a registered, functional operator or to nothing."""
+"""Operators by name, such as `aten.linear.default`: a name is a registered functional operator or nothing."""
 
 import math
 import operator
@@ -13,12 +13,12 @@ from sparc.serialize.schema import malformed, unwritable
 _PYTHON: dict[str, Any] = {
     **{
         f"operator.{name}": getattr(operator, name)
-        for name in ("getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "abs", "pos", "eq", "ne", "lt", "le", "gt",
-                     "ge", "and_", "or_", "not_", "invert")
+        for name in ("getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "abs", "pos", "eq",
+                     "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_", "invert")
     },
     **{
         f"torch.{name}": getattr(torch, name)
-        for name in ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not", "sym_ite", "sym_sum", "sym_sqrt", "_sym_sqrt")
+        for name in ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not", "sym_ite", "sym_sum", "_sym_sqrt")
         if hasattr(torch, name)
     },
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
@@ -28,8 +28,8 @@ _PYTHON_NAMES = {id(function): name for name, function in reversed(_PYTHON.items
 _PART = re.compile(r"[A-Za-z0-9_]{1,128}")
 _FOREIGN = frozenset({"aten.from_file", "aten.record_stream", "aten.segment_reduce_unsafe"})
 _INTERNAL = frozenset(
-    {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem", "inductor", "profiler", "prim", "rpc", "dist", "cuda",
-     "debugprims", "rngprims", "static_runtime", "fsdp", "streams", "higher_order", "export"}
+    {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem", "inductor", "profiler", "prim",
+     "rpc", "dist", "cuda", "debugprims", "rngprims", "static_runtime", "fsdp", "streams", "higher_order", "export"}
 )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def target_from_text(name: str) -> Any:
     if name in _PYTHON:
         return _PYTHON[name]
     parts = name.split(".")
-    if len(parts) != 3 or not all(_PART.fullmatch(part) and not part.startswith("__") for part in parts):
+    if len(parts) != 3 or not all(_PART.fullmatch(part) for part in parts):
         raise malformed(f"{name[:120]!r} names no operator")
     found = _lookup(*parts)
     if found is None:

@@ -1,13 +1,12 @@
-"""Tensors in a safetensors file: written without a second copy in deterministic order, aligned, and read through a memory map.
+"""Tensors in a safetensors file: written in deterministic order without a second copy, and read through a memory map.
 
-The format allows no holes, so tensors are ordered by the largest power of two (at most 64) that divides their size, then by name.
-Each then starts at a multiple of that power, which is never less than its element size.
+The format allows no holes, so tensors are ordered by the largest power of two (at most 64) that divides their size,
+then by name. Each then starts at a multiple of that power, which is never less than its element size.
 """
 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,22 +16,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparc.serialize.schema import malformed, unwritable
+from sparc.target import Span
 
 ALIGNMENT = 64
 _NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
-    torch.bool: "BOOL", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.uint16: "U16", torch.uint32:
+    "U32", torch.uint64: "U64", torch.bool: "BOOL", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a tensor's bytes lie in the file."""
-
-    offset: int
-    length: int
 
 
 class TensorFile:
@@ -44,7 +37,10 @@ class TensorFile:
         Raises:
             ArtifactError: SPARC508 for a dtype that the format lacks.
         """
-        self._tensors = {name: tensors[name].detach() for name in sorted(tensors, key=lambda name: (-_alignment(tensors[name]), name))}
+        self._tensors = {
+            name: tensors[name].detach()
+            for name in sorted(tensors, key=lambda name: (-_alignment(tensors[name]), name))
+        }
         described: dict[str, Any] = {}
         start = 0
         for name, tensor in self._tensors.items():
@@ -72,7 +68,7 @@ class TensorFile:
         yield self.header
         for tensor in self._tensors.values():
             if tensor.numel():
-                yield memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _alignment(tensor: Tensor) -> int:
@@ -98,7 +94,9 @@ class TensorReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.__exit__(kind, error, trace)
 
     def get(self, name: str) -> Tensor:

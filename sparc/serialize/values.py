@@ -1,15 +1,18 @@
 """Arguments and types of nodes as JSON.
 
-Arguments: null, booleans, integers, finite floats and strings stand for themselves, a list for a list. Everything else is an object with
-one key: `{"node": name}`, `{"float": "inf"}`, `{"dtype": "float32"}`, `{"layout": "strided"}`, `{"memory_format": "channels_last"}`,
-`{"device": "cpu"}`, `{"tuple": [...]}`, `{"complex": [re, im]}`, `{"size": expression}`.
+Arguments: null, booleans, integers, finite floats and strings stand for themselves, a list for a list. Everything else
+is an object with one key: `{"node": name}`, `{"float": "inf"}`, `{"dtype": "float32"}`, `{"layout": "strided"}`,
+`{"memory_format": "channels_last"}`, `{"device": "cpu"}`, `{"tuple": [...]}`, `{"complex": [re, im]}`, `{"size":
+expression}`.
 
-Types: `{"dtype", "shape", "stride"?}` for a tensor (strides only where it is not contiguous), `{"list": [...]}` for several results,
-`{"size": expression}`, `{"number": expression}`, `{"truth": expression}` for symbolic scalars, null for nothing.
+Types: `{"dtype", "shape", "stride"?}` for a tensor (strides only where it is not contiguous), `{"list": [...]}` for
+several results, `{"size": expression}`, `{"number": expression}`, `{"truth": expression}` for symbolic scalars, null
+for nothing.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import sympy
@@ -24,8 +27,8 @@ from sparc.serialize.symbols import evaluate, expression_to_json, size_to_json, 
 
 _DTYPES = {
     name: value
-    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64",
-                 "bool", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2")
+    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "uint16",
+                 "uint32", "uint64", "bool", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2")
     if isinstance(value := getattr(torch, name, None), torch.dtype)
 }  # fmt: skip
 _LAYOUTS = {"strided": torch.strided}
@@ -38,10 +41,11 @@ _SYMBOLIC: dict[type, tuple[str, type]] = {
     torch.SymFloat: ("number", float),
     torch.SymBool: ("truth", bool),
 }
+_SYMINTS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _SCALARS = {key: kind for key, kind in _SYMBOLIC.values()}
 
 
-# dtypes -----------------------------------------------------------------------------------------------------------------
+# dtypes ---------------------------------------------------------------------------------------------------------------
 def dtype_to_text(dtype: torch.dtype) -> str:
     """`float32`."""
     name = str(dtype).removeprefix("torch.")
@@ -57,7 +61,7 @@ def dtype_from_text(name: Any) -> torch.dtype:
     return _DTYPES[name]
 
 
-# arguments --------------------------------------------------------------------------------------------------------------
+# arguments ------------------------------------------------------------------------------------------------------------
 def argument_to_json(value: Any) -> Any:
     """One argument of a node.
 
@@ -94,7 +98,9 @@ def argument_to_json(value: Any) -> Any:
 class ArgumentReader:
     """Reads arguments of one graph."""
 
-    def __init__(self, nodes: Mapping[str, fx.Node], symbols: Mapping[str, sympy.Symbol], environment: ShapeEnv) -> None:
+    def __init__(
+        self, nodes: Mapping[str, fx.Node], symbols: Mapping[str, sympy.Symbol], environment: ShapeEnv
+    ) -> None:
         """Args: the nodes read so far, by name; the symbols and the environment they live in."""
         self._nodes, self._symbols, self._environment = nodes, symbols, environment
 
@@ -132,21 +138,23 @@ class ArgumentReader:
         if key == "size":
             return symbolic(value, self._symbols, self._environment)
         if key == "complex":
-            real, imaginary = (float.fromhex(schema.text(part, "a number", 64)) for part in schema.items(value, "a complex number"))
+            real, imaginary = (
+                float.fromhex(schema.text(part, "a number", 64)) for part in schema.items(value, "a complex number")
+            )
             return complex(real, imaginary)
         if key in _TABLES and isinstance(value, str) and value in _TABLES[key]:
             return _TABLES[key][value]
         raise malformed(f"unknown argument {key[:40]!r}: {str(value)[:80]!r}")
 
 
-# types ------------------------------------------------------------------------------------------------------------------
+# types ----------------------------------------------------------------------------------------------------------------
 def type_to_json(value: Any) -> Any:
     """The type in a node's `meta["val"]`."""
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, Tensor):
         described = {"dtype": dtype_to_text(value.dtype), "shape": [size_to_json(size) for size in value.shape]}
-        if not value.is_contiguous():
+        if not _contiguous(value):
             described["stride"] = [size_to_json(step) for step in value.stride()]
         return described
     if isinstance(value, (tuple, list)):
@@ -159,6 +167,20 @@ def type_to_json(value: Any) -> Any:
     raise unwritable(f"a value of type {type(value).__name__} cannot be stored")
 
 
+def _contiguous(value: Tensor) -> bool:
+    """Whether the strides are visibly those of a contiguous tensor; asking the tensor would add guards to its world."""
+    expected: Any = sympy.Integer(1)
+    for size, step in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if sympy.sympify(_expression(step)) != expected:
+            return False
+        expected = expected * _expression(size)
+    return True
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def symbols_of(value: Any) -> set[sympy.Symbol]:
     """Every symbol in a type."""
     if isinstance(value, Tensor):
@@ -166,7 +188,7 @@ def symbols_of(value: Any) -> set[sympy.Symbol]:
         return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
     if isinstance(value, (tuple, list)):
         return {symbol for item in value for symbol in symbols_of(item)}
-    return set(value.node.expr.free_symbols) if isinstance(value, tuple(_SYMBOLIC)) else set()
+    return set(value.node.expr.free_symbols) if isinstance(value, _SYMINTS) else set()
 
 
 class TypeReader:
@@ -175,14 +197,29 @@ class TypeReader:
     def __init__(self, mode: FakeTensorMode, symbols: Mapping[str, sympy.Symbol], environment: ShapeEnv) -> None:
         """Args: the mode that makes the FakeTensors, the symbols, and the environment they live in."""
         self._mode, self._symbols, self._environment = mode, symbols, environment
+        self._known: dict[
+            str, Any
+        ] = {}  # a type is immutable, so equal ones are one object: graphs have few different types
 
     def read(self, value: Any) -> Any:
         """A type, symbolic."""
-        return _read_type(value, lambda size, kind: symbolic(size, self._symbols, self._environment, kind), self._mode)
+        key = repr(value)
+        if key not in self._known:
+            scalar = partial(symbolic, symbols=self._symbols, environment=self._environment)
+            self._known[key] = _read_type(value, lambda size, kind: scalar(size, kind=kind), self._mode)
+        return self._known[key]
 
-    def at(self, value: Any, sizes: Mapping[sympy.Symbol, int], mode: FakeTensorMode) -> Any:
-        """A type where every symbol has a size."""
-        return _read_type(value, lambda size, kind: kind(evaluate(size, self._symbols, sizes)), mode)
+    def at(self, sizes: Mapping[sympy.Symbol, int], mode: FakeTensorMode) -> Callable[[Any], Any]:
+        """A reader of types where every symbol has a size."""
+        known: dict[str, Any] = {}
+
+        def read(value: Any) -> Any:
+            key = repr(value)
+            if key not in known:
+                known[key] = _read_type(value, lambda size, kind: kind(evaluate(size, self._symbols, sizes)), mode)
+            return known[key]
+
+        return read
 
 
 def _read_type(value: Any, scalar: Callable[[Any, type], Any], mode: FakeTensorMode, depth: int = 0) -> Any:
