@@ -4,8 +4,8 @@
 
 - `encoder.layer.0` — a module or a weight: everything inside it. Patterns match from the beginning of the full name of a weight to the
   end of one of its parts, so this covers `encoder.layer.0.query.weight` but not `encoder.layer.01.query.weight`.
-- `*` stands for any text, dots included; `?` for one character and `[0-5]` for one of a set, dots excluded. `*.mlp.*` is every
-  weight below a module `mlp`, at any depth.
+- `*` stands for any text, dots included; `?` for one character and `[0-5]` for one of a set, dots excluded. A leading `*.` may also
+  stand for nothing: `*.mlp` is every module called `mlp`, at any depth.
 - `{query,key}` are alternatives, `{0..11}` are numbers; both may be nested.
 - `@linear` — an operator type. `encoder.*@linear` is both: inside `encoder`, and a linear operator's.
 - `!pattern` takes away. Several patterns select what any of them selects, less what any `!pattern` takes away; only `!patterns` select
@@ -256,13 +256,15 @@ def _compile(text: str, glob: str, end: str) -> re.Pattern[str]:
 
 
 def _expression(text: str, plain: str) -> str:
-    """A glob without braces as a regular expression that never backtracks over more than its last star.
+    """A glob without braces as a regular expression that backtracks over no more than its first and its last star.
 
     What stands between two stars has a fixed length, so its leftmost match is as good as any later one and can be atomic.
     """
-    first, *rest = ["".join(_piece(text, piece) for piece in _PIECE.findall(part)) for part in _STARS.split(plain)]
+    anywhere = plain.startswith("*.")
+    parts = _STARS.split(plain[2:] if anywhere else plain)
+    first, *rest = ["".join(_piece(text, piece) for piece in _PIECE.findall(part)) for part in parts]
     middle = "".join(f"(?>.*?{part})" for part in rest[:-1] if part)
-    return first + middle + (f".*{rest[-1]}" if rest else "")
+    return (r"(?:.*\.)?" if anywhere else "") + first + middle + (f".*{rest[-1]}" if rest else "")
 
 
 def _piece(text: str, piece: str) -> str:
