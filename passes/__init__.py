@@ -2,3 +2,22 @@
 
 if __name__ != "sparc.passes":
     raise ImportError("import this package as `sparc.passes`")
+
+from sparc.registry import Extension
+
+
+def extension() -> Extension:
+    """sparc's own passes, encodings and recipes, as the extension they are."""
+    from sparc.encoding.blocks import Blocks
+    from sparc.encoding.dense import Dense
+    from sparc.encoding.int_grid import IntGrid
+    from sparc.encoding.nm import NM
+    from sparc.passes.activation.dynamic import QuantizeActivations
+    from sparc.passes.clean import MergeCommon, RemoveDead, RemoveNoOps
+    from sparc.passes.constants import FoldConstants
+    from sparc.passes.encode import Encode
+    from sparc.passes.recipes import recipes
+    from sparc.passes.round import Round
+
+    passes = (RemoveNoOps, FoldConstants, MergeCommon, RemoveDead, Round, QuantizeActivations, Encode)
+    return Extension("sparc", passes=passes, encodings=(Dense, IntGrid, NM, Blocks), recipes=recipes())

@@ -1,1 +1,36 @@
 """sparc: a compiler for sparse and quantized PyTorch models that shows the evidence."""
+
+from sparc.api import compile, plan
+from sparc.artifact import Artifact, load
+from sparc.capture import capture, capture_entries
+from sparc.contract import Approximate, Bounded, Exact
+from sparc.diag import Diagnostics, SparcError
+from sparc.pass_base import Pass, PassContext, Stage
+from sparc.program import Program
+from sparc.recipe import Recipe, Step
+from sparc.registry import Extension
+from sparc.rewrite import Match, Skip, rewrite
+
+__all__ = [
+    "Approximate",
+    "Artifact",
+    "Bounded",
+    "Diagnostics",
+    "Exact",
+    "Extension",
+    "Match",
+    "Pass",
+    "PassContext",
+    "Program",
+    "Recipe",
+    "Skip",
+    "SparcError",
+    "Stage",
+    "Step",
+    "capture",
+    "capture_entries",
+    "compile",
+    "load",
+    "plan",
+    "rewrite",
+]

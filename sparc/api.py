@@ -84,7 +84,7 @@ def compile(
     """
     diagnostics = Diagnostics()
     known = registry(diagnostics)
-    chosen, place = resolve_recipe(recipe, known), known.target(target)
+    chosen, place = resolve_recipe(recipe, known), known.target(target.removesuffix(":cpu"))
     check_verify(verify)
     captured = _capture(model, example_inputs, dynamic, diagnostics)
     samples = make_samples(captured, example_inputs, data, diagnostics)
