@@ -45,6 +45,7 @@ class ReferenceTarget:
     """Eager torch."""
 
     name = "reference"
+    legalizations = ()
 
     def emit(self, program: Program, context: EmitContext) -> ReferenceEmission:
         """The program as it is."""

@@ -1,7 +1,7 @@
 """sparc: a compiler for sparse and quantized PyTorch models that shows the evidence."""
 
-from sparc.api import compile, plan
-from sparc.artifact import Artifact, load
+from sparc.api import compile, load, plan
+from sparc.artifact import Artifact
 from sparc.capture import capture, capture_entries
 from sparc.contract import Approximate, Bounded, Exact
 from sparc.diag import Diagnostics, SparcError

@@ -1,7 +1,7 @@
 """compile(): the whole pipeline, readable top to bottom."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from sparc import codes, evidence
 from sparc.analysis.sites import find_sites
-from sparc.artifact import Artifact
+from sparc.artifact import Artifact, load_artifact
 from sparc.capture import Dynamic, capture
 from sparc.diag import Diagnostics, PassError
 from sparc.driver import VERIFY_LEVELS, Driver
@@ -84,7 +84,8 @@ def compile(
     """
     diagnostics = Diagnostics()
     known = registry(diagnostics)
-    chosen, place = resolve_recipe(recipe, known), known.target(target.removesuffix(":cpu"))
+    place = known.target(target.removesuffix(":cpu"))
+    chosen = legalized(resolve_recipe(recipe, known), place, known)
     check_verify(verify)
     captured = _capture(model, example_inputs, dynamic, diagnostics)
     samples = make_samples(captured, example_inputs, data, diagnostics)
@@ -115,10 +116,33 @@ def plan(
     return Plan(chosen, program, tuple(frozenset(claimed) for claimed in assign(chosen.steps, sites, others)))
 
 
+def load(folder: str | Path) -> Artifact:
+    """Read an artifact that `Artifact.save` wrote; every file is checked before it is used.
+
+    Args:
+        folder: the artifact's folder.
+
+    Raises:
+        ArtifactError: SPARC501 to SPARC507 when it is incomplete, altered, malformed or unsafe.
+    """
+    known = registry()
+    return load_artifact(folder, known.encodings, known.target)
+
+
 def check_verify(verify: str) -> None:
     """Raises PassError SPARC209 for a level that does not exist."""
     if verify not in VERIFY_LEVELS:
         raise PassError(codes.BAD_OPTION, f"verify={verify!r} does not exist", hint=f"one of {', '.join(VERIFY_LEVELS)}")
+
+
+def legalized(recipe: Recipe, target: Target, known: Registry) -> Recipe:
+    """The recipe with the passes that the target needs, put before the first step that encodes."""
+    first = next((index for index, step in enumerate(recipe.steps) if step.pass_.stage >= Stage.ENCODE), None)
+    if first is None:
+        return recipe
+    wanted = [known.pass_type(name)(**options) for name, options in target.legalizations]
+    extra = [Step(each) for each in wanted if all(step.pass_ != each for step in recipe.steps)]
+    return replace(recipe, steps=(*recipe.steps[:first], *extra, *recipe.steps[first:]))
 
 
 def run_steps(driver: Driver, recipe: Recipe) -> Program:
@@ -127,11 +151,9 @@ def run_steps(driver: Driver, recipe: Recipe) -> Program:
     for index, step in enumerate(recipe.steps):
         claimed = assign(recipe.steps, *find_sites(driver.program))[index]
         where = step.where if isinstance(step.where, str) else ", ".join(step.where)
+        driver.run(step.pass_, where, lambda site, claimed=claimed: site.weight in claimed)
         if step.pass_.stage < Stage.MASK:
-            driver.run(step.pass_, where, lambda site, claimed=claimed: site.weight in claimed)
             baseline = driver.program
-        else:
-            driver.run(step.pass_, where, lambda site, claimed=claimed: site.weight in claimed)
     return baseline
 
 

@@ -90,9 +90,16 @@ class EmitContext:
 
 @runtime_checkable
 class Target(Protocol):
-    """A place programs are lowered to, spelt `family` or `family:variant` (`onnx:portable`)."""
+    """A place programs are lowered to, spelt `family` or `family:variant` (`onnx:portable`).
+
+    Args:
+        name: how users spell it.
+        legalizations: passes, as (name, options), that the target needs just before weights are encoded, because its operators do more than
+            a recipe says: so the program says it too, and the numbers of the program are the numbers of the target.
+    """
 
     name: str
+    legalizations: Sequence[tuple[str, Mapping[str, Any]]]
 
     def emit(self, program: Program, context: EmitContext) -> Emission:
         """Lower a program. The program may be used and edited afterwards; the emission shares its tensors.
