@@ -1,0 +1,1 @@
+"""Quantizing activations: `quantize` and `decode` pairs in the program."""

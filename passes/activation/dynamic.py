@@ -1,0 +1,136 @@
+"""Dynamic activation quantization: scales are taken from each activation as it comes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import fx
+
+from sparc.analysis.sites import Site, find_sites
+from sparc.contract import Approximate
+from sparc.encoding.int_grid import IntGrid
+from sparc.pass_base import Pass, PassContext, Stage
+from sparc.passes.activation.choose import output_errors, wants_token
+from sparc.passes.activation.insert import PER_TENSOR, PER_TOKEN, insert_dynamic, insert_split, is_quantized
+from sparc.program import Program
+
+Mode = Literal["auto", "tensor", "token", "split", "block"]
+
+
+@dataclass(frozen=True)
+class QuantizeActivations(Pass):
+    """linear(x, w) => linear(decode(quantize(x)), w), where w is rounded to 8-bit integers.
+
+    Products that read the same x share one `quantize`.
+
+    Args:
+        mode: `tensor` (one scale, asymmetric), `token` (a scale for each row, symmetric), `split` (per tensor, and its
+            remainder quantized once more: 16 bits on two 8-bit products), `block` (a scale for each row and each group of
+            the weight's columns, symmetric; for weights rounded in groups of columns, of any width), or `auto`: `tensor` or
+            `token`, whichever calibration finds worth it.
+        price: for `auto`, the noise-to-signal ratio in a product's output that one per cent of all products' time is worth.
+        floor: a product whose signal-to-noise ratio in decibels falls below gets its own x back, with a remark.
+    """
+
+    name: ClassVar[str] = "quantize_activations"
+    stage: ClassVar[Stage] = Stage.ACTIVATION
+
+    mode: Mode = "auto"
+    price: float = 1e-3
+    floor: float | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Whole values of the inputs, to choose by."""
+        return frozenset({"batches"}) if self.mode == "auto" else frozenset()
+
+    @property
+    def contract(self) -> Approximate:
+        """Every product's signal-to-noise ratio is measured, and held to the floor."""
+        return Approximate("snr_db", self.floor)
+
+    def watches(self, program: Program, context: PassContext) -> Iterator[tuple[fx.Node, str]]:
+        """The whole inputs of the products that will be quantized."""
+        for group in self._groups(program, context):
+            yield group.x, "batches"
+
+    def run(self, program: Program, context: PassContext) -> None:
+        """Quantize the inputs of every selected site."""
+        total = sum(site_work(site) for site in find_sites(program)[0] if self._why_not(program, site) is None)
+        for group in self._groups(program, context):
+            if not context.edit():
+                return
+            entry = program.entries[group.entry]
+            before = next(node for node in entry.graph.nodes if node in group.nodes)
+            mode = self._choose(program, context, group, total) if self.mode == "auto" else self.mode
+            if mode == "split":
+                quantized = insert_split(entry, group.x, before)
+            else:
+                spec = {"tensor": PER_TENSOR, "token": PER_TOKEN}.get(mode) or IntGrid(8, group.columns, symmetric=True)
+                quantized = insert_dynamic(entry, group.x, spec, before)
+            for node in group.nodes:
+                node.replace_input_with(group.x, quantized)
+
+    def _choose(self, program: Program, context: PassContext, group: "Group", total: float) -> Mode:
+        batches = context.statistics(group.x, "batches") if context.statistics is not None else None
+        if not batches:
+            return "token"
+        matrices = [site.view.to_matrix(program.weights[site.weight]) for site in group.sites]
+        share = sum(site_work(site) for site in group.sites) / total
+        return "token" if wants_token(output_errors(batches, matrices), share, self.price) else "tensor"
+
+    def _groups(self, program: Program, context: PassContext) -> list["Group"]:
+        groups: dict[tuple[str, str, int | str], Group] = {}
+        for site in context.sites(program):
+            why = self._why_not(program, site)
+            if why:
+                context.skip(site.weight, why, site.location)
+                continue
+            for use in site.uses:
+                x = use.input
+                if not isinstance(x, fx.Node) or x.op == "get_attr" or is_quantized(x):
+                    continue
+                columns = program.grid(site.weight).spec.group  # type: ignore[union-attr]
+                key = (use.entry, x.name, columns if self.mode == "block" else 0)
+                group = groups.setdefault(key, Group(use.entry, x, columns, [], []))
+                group.nodes.append(use.node)
+                group.sites.append(site)
+        return list(groups.values())
+
+    def _why_not(self, program: Program, site: Site) -> str | None:
+        if site.operator not in ("linear", "matmul"):
+            return f"no dynamic integer product exists for {site.operator}"
+        grid = program.grid(site.weight)
+        spec = grid.spec if grid is not None else None
+        if not isinstance(spec, IntGrid):
+            return "its weight is not rounded to integers"
+        grouped = isinstance(spec.group, int)
+        if self.mode == "block":
+            return None if grouped else "its weight has no groups of columns"
+        if grouped or spec.bits != 8 or spec.zero != "integer":
+            return f"integer products need 8-bit weights with a scale per row at most, and its grid is {spec}"
+        return None
+
+
+@dataclass
+class Group:
+    """The products that read one activation.
+
+    Args:
+        entry: the entry's name.
+        x: the activation.
+        columns: how many columns of the weights share a scale.
+        nodes: the products.
+        sites: their weights.
+    """
+
+    entry: str
+    x: fx.Node
+    columns: int | Literal["channel", "tensor"]
+    nodes: list[fx.Node]
+    sites: list[Site]
+
+
+def site_work(site: Site) -> float:
+    """Multiply-adds of a site for one row of its input."""
+    return float(site.source.meta["val"].numel())

@@ -1,0 +1,1 @@
+"""Equalisation: moving scales between weights, exactly, so that what is rounded later loses less."""
