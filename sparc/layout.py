@@ -1,7 +1,8 @@
 """Named, invertible ways in which a target stores a program's weight: so that one copy on disk serves both.
 
-A layout is a chain of steps joined by `+`, applied left to right: `identity`; `transpose` (last two axes swapped); `reshape` (the same bytes
-in another shape); `flip_sign` (8-bit codes with the sign bit inverted: int8 to uint8 offset by 128, and back).
+A layout is a chain of steps joined by `+`, applied left to right: `identity`; `transpose` (last two axes swapped);
+`reshape` (the same bytes in another shape); `flip_sign` (8-bit codes with the sign bit inverted: int8 to uint8 offset
+by 128, and back).
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,1 @@
+"""ONNX targets: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`."""

@@ -1,0 +1,174 @@
+"""What an ONNX target made of a program: models without weights, and the tensors they read."""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+from torch import Tensor
+
+from sparc import codes
+from sparc.codegen.onnx.runtime import OnnxRunner, has_cuda
+from sparc.codegen.onnx.store import raw_bytes, stored_name
+from sparc.diag import ArtifactError
+from sparc.target import KernelUse, StoredTensor
+
+WEIGHTS_FILE = "weights.safetensors"
+_EMBED_LIMIT = int(1.5e9)
+_SMALL = 1024
+_ALIGN = 4096
+
+
+@dataclass
+class OnnxEmission:
+    """Models by entry; their external initializers are the stored tensors.
+
+    Args:
+        target: the target's name.
+        models: one model per entry, external data left open.
+        stored: every stored tensor once.
+        kernels: what carries each compressed weight.
+    """
+
+    target: str
+    models: dict[str, onnx.ModelProto]
+    stored: list[StoredTensor]
+    kernels: Mapping[str, KernelUse] = field(default_factory=dict)
+
+    def file_name(self, entry: str) -> str:
+        """The entry's model file: `model.onnx` for the first."""
+        return "model.onnx" if entry == next(iter(self.models)) else f"{entry}.onnx"
+
+    def runner(
+        self, entry: str | None = None, *, threads: int | None = None, options: Mapping[str, str] | None = None
+    ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """A callable on one tensor per input, in ONNX Runtime.
+
+        Args:
+            entry: the entry; the first by default.
+            threads: threads of one operator.
+            options: session configuration entries of ONNX Runtime.
+
+        Raises:
+            LoweringError: SPARC405 without ONNX Runtime, SPARC406 when it refuses the model.
+        """
+        cuda = self.target == "onnx:cuda" and has_cuda()
+        return OnnxRunner(self._model(entry), self._by_name(), threads=threads, cuda=cuda, options=options)
+
+    def files(self, locations: Mapping[str, tuple[int, int]]) -> dict[str, bytes]:
+        """The model files, whose external data points into `weights.safetensors`.
+
+        Args:
+            locations: for every stored tensor, its byte offset in that file and its length.
+        """
+        made = {}
+        for entry, model in self.models.items():
+            placed = onnx.ModelProto()
+            placed.CopyFrom(model)
+            for tensor in _external(placed):
+                _point(tensor, WEIGHTS_FILE, *locations[stored_name(tensor.name)])
+            made[self.file_name(entry)] = placed.SerializeToString(deterministic=True)
+        return made
+
+    def export_onnx(
+        self, path: str | os.PathLike[str], *, external_data: bool | None = None, entry: str | None = None
+    ) -> None:
+        """Write one entry as a model of its own: whole or not at all.
+
+        Args:
+            path: the file to write.
+            external_data: keep weights beside it in `NAME.data`; by default only above 1.5 GB.
+            entry: the entry; the first by default.
+
+        Raises:
+            ArtifactError: SPARC505 when a file cannot be written, or the weights do not fit into one file.
+        """
+        target = Path(path)
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model(entry))
+        total = sum(self._by_name()[stored_name(tensor.name)].tensor.nbytes for tensor in _external(model))
+        if external_data is False and total >= onnx.checker.MAXIMUM_PROTOBUF:
+            raise ArtifactError(
+                codes.WRITE_FAILED, "weights above 2 GB do not fit into one file", hint="pass external_data=True"
+            )
+        beside = external_data if external_data is not None else total > _EMBED_LIMIT
+        try:
+            if beside:
+                write_whole(target.with_name(target.name + ".data"), self._place_beside(model, target.name + ".data"))
+            else:
+                self._embed(model)
+            write_whole(target, [model.SerializeToString(deterministic=True)])
+        except OSError as error:
+            raise ArtifactError(
+                codes.WRITE_FAILED, f"cannot write {target.name}", why=str(error.strerror or error)
+            ) from None
+
+    def _model(self, entry: str | None) -> onnx.ModelProto:
+        return self.models[entry or next(iter(self.models))]
+
+    def _by_name(self) -> dict[str, StoredTensor]:
+        return {stored.name: stored for stored in self.stored}
+
+    def _embed(self, model: onnx.ModelProto, limit: float = float("inf")) -> None:
+        stored = self._by_name()
+        for tensor in _external(model):
+            held = stored[stored_name(tensor.name)].tensor
+            if held.nbytes < limit:
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                del tensor.external_data[:]
+                tensor.raw_data = raw_bytes(held)
+
+    def _place_beside(self, model: onnx.ModelProto, file: str) -> list[bytes | Tensor]:
+        """Point the model's large tensors into one aligned file; its content in pieces."""
+        self._embed(model, limit=_SMALL)
+        stored, end = self._by_name(), 0
+        places: dict[str, tuple[int, int]] = {}
+        pieces: list[bytes | Tensor] = []
+        for tensor in _external(model):
+            name = stored_name(tensor.name)
+            if name not in places:
+                gap = -end % _ALIGN
+                pieces += [bytes(gap), stored[name].tensor]
+                places[name] = (end + gap, stored[name].tensor.nbytes)
+                end += gap + stored[name].tensor.nbytes
+            _point(tensor, file, *places[name])
+        return pieces
+
+
+def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    return [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+
+
+def _point(tensor: onnx.TensorProto, file: str, offset: int, length: int) -> None:
+    del tensor.external_data[:]
+    for key, value in (("location", file), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+
+
+def write_whole(path: Path, pieces: Sequence[bytes | Tensor]) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename it; nothing is left behind on failure."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            for piece in pieces:
+                file.write(raw_bytes(piece) if isinstance(piece, Tensor) else piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,304 @@
+"""One entry becomes one ONNX graph: nodes are visited in order, each goes to the first translation that takes it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from sparc import codes
+from sparc import layout as layouts
+from sparc.codegen.onnx.build import Builder
+from sparc.codegen.onnx.sizes import Size, Sizes, expression
+from sparc.codegen.onnx.store import Store, initializer
+from sparc.codegen.onnx.types import onnx_type
+from sparc.diag import Diagnostics, LoweringError
+from sparc.program import Entry, Program, is_weight, location
+from sparc.target import KernelUse
+from sparc.text import dim_text
+
+if TYPE_CHECKING:
+    from sparc.codegen.onnx.target import OnnxTarget
+
+Result = ir.Value | Sequence[ir.Value | None] | None
+Translation = Callable[..., Result]
+_LAZY = ("sparc.decode.default", "sparc.quantize.default")
+MS = "com.microsoft"
+
+
+class Rule(Protocol):
+    """A translation of regions: called on every node before the tables, it answers None where it does not apply."""
+
+    def __call__(self, e: "Emitter", node: fx.Node) -> Result:
+        """The node's value."""
+        ...
+
+
+class Emitter:
+    """Emits one entry; translations get it as their first argument.
+
+    Args:
+        program: the program; not edited.
+        entry: the entry to emit.
+        target: flavour and opset.
+        store: the stored tensors, shared by all entries.
+        kernels: filled with what carries each compressed weight.
+        diagnostics: where remarks go.
+        table: translations by operator (`aten.add.Tensor`).
+        rules: region translations, tried first.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        entry: Entry,
+        target: "OnnxTarget",
+        store: Store,
+        kernels: dict[str, KernelUse],
+        diagnostics: Diagnostics,
+        table: Mapping[str, Translation],
+        rules: Sequence[Rule],
+        fallback: Translation,
+    ) -> None:
+        self.program, self.entry, self.target = program, entry, target
+        self.store, self.kernels, self.diagnostics = store, kernels, diagnostics
+        self.table, self.rules, self.fallback = table, rules, fallback
+        names = [*entry.signature.input_names, *entry.signature.output_names]
+        self.builder = Builder(reserved=[*names, *program.weights])
+        self.sizes = Sizes(self.builder)
+        self._values: dict[fx.Node, Any] = {}
+        self._initializers: dict[str, ir.Value] = {}
+        self._inputs: list[ir.Value] = []
+
+    # the walk ---------------------------------------------------------------------------------------------------------
+    def run(self, name: str) -> ir.Graph:
+        """The entry's graph.
+
+        Raises:
+            LoweringError: SPARC401 with the user's source line when an operator has no translation.
+        """
+        for node, wish in zip(self.entry.placeholders, self.entry.signature.input_names, strict=True):
+            self._input(node, wish)
+        for node in self.entry.graph.nodes:
+            if node.op == "call_function" and str(node.target) not in _LAZY and node not in self._values:
+                self._emit(node)
+        outputs = self._outputs()
+        nodes = self.builder.finish(outputs)
+        read = {id(value): value for node in nodes for value in _all_inputs(node) if value.const_value is not None}
+        return ir.Graph(
+            self._inputs,
+            outputs,
+            nodes=nodes,
+            initializers=list(read.values()),
+            name=name,
+            opset_imports={"": self.target.opset},
+        )
+
+    def _input(self, node: fx.Node, name: str) -> None:
+        value = ir.Value(name=name)
+        self._type(value, node.meta["val"])
+        self.sizes.learn(value, node.meta["val"])
+        self._inputs.append(value)
+        self._values[node] = value
+
+    def _emit(self, node: fx.Node) -> None:
+        fake = node.meta.get("val")
+        if isinstance(fake, (torch.SymInt, int)) and not isinstance(fake, bool) and self._is_known(fake):
+            self._values[node] = fake
+            return
+        outer, self.builder.scope = self.builder.scope, str(node.meta.get("module", ""))
+        try:
+            result = self._translate(node)
+        except LoweringError as error:
+            if error.diagnostic.where.module or error.diagnostic.where.source:
+                raise
+            found = error.diagnostic
+            raise LoweringError(found.code, found.what, where=location(node), why=found.why, hint=found.hint) from None
+        self.builder.scope = outer
+        self._keep(node, result, fake)
+
+    def _is_known(self, fake: Any) -> bool:
+        expr = expression(fake)
+        return all(self.sizes.knows(symbol) for symbol in expr.free_symbols)
+
+    def _translate(self, node: fx.Node) -> Result:
+        for rule in self.rules:
+            result = rule(self, node)
+            if result is not None:
+                return result
+        name = (
+            str(node.target)
+            if isinstance(node.target, OpOverload)
+            else getattr(node.target, "__name__", str(node.target))
+        )
+        translation = self.table.get(name)
+        if translation is not None:
+            result = translation(self, node, *node.args, **node.kwargs)
+            if result is not None:
+                return result
+        return self.fallback(self, node)
+
+    def _keep(self, node: fx.Node, result: Any, fake: Any) -> None:
+        self._values[node] = result
+        if isinstance(result, ir.Value):
+            if isinstance(fake, Tensor):
+                self._type(result, fake)
+                self.sizes.learn(result, fake)
+            elif isinstance(fake, torch.SymInt):
+                self.sizes.learn_scalar(result, fake.node.expr)
+                self._values[node] = fake
+        elif isinstance(result, Sequence) and isinstance(fake, (list, tuple)):
+            for value, each in zip(result, fake, strict=False):
+                if isinstance(value, ir.Value) and isinstance(each, Tensor):
+                    self._type(value, each)
+                    self.sizes.learn(value, each)
+
+    def _type(self, value: ir.Value, fake: Tensor) -> None:
+        if value.type is not None and value.shape is not None:
+            return
+        value.type = ir.TensorType(onnx_type(fake.dtype))
+        value.shape = ir.Shape([_dim(size, self.entry) for size in fake.shape])
+
+    def _outputs(self) -> list[ir.Value]:
+        outputs: list[ir.Value] = []
+        results = list(self.entry.output.args[0])  # type: ignore[arg-type]
+        for node, name in zip(results, self.entry.signature.output_names, strict=True):
+            value = self.value(node)
+            if value.producer() is None or value in outputs:
+                self.builder.scope = ""
+                value = self.op("Identity", value)
+                self._type(value, node.meta["val"])
+            value.name = name
+            outputs.append(value)
+        return outputs
+
+    # what translations use --------------------------------------------------------------------------------------------
+    def value(self, arg: Any) -> ir.Value:
+        """The ONNX value of a graph node (emitted now, if it has not been), a size, or a value itself."""
+        if isinstance(arg, ir.Value):
+            return arg
+        if isinstance(arg, fx.Node):
+            found = self.result(arg)
+            if isinstance(found, ir.Value):
+                return found
+            arg = found
+        if isinstance(arg, (torch.SymInt, int)):
+            return self.sizes.scalar(arg)
+        raise LoweringError(codes.NO_TRANSLATION, f"{arg!r} is no tensor")
+
+    def result(self, node: fx.Node) -> Any:
+        """What a node was translated to: a value, several, or a size."""
+        if node not in self._values:
+            if is_weight(node):
+                self._values[node] = self.weight(str(node.target))
+            else:
+                self._emit(node)
+        return self._values[node]
+
+    def weight(
+        self,
+        name: str,
+        layout: str = layouts.IDENTITY,
+        shape: Sequence[int] = (),
+        *,
+        dtype: ir.DataType | None = None,
+        dims: Sequence[int] | None = None,
+    ) -> ir.Value:
+        """An initializer over a program weight stored in a layout; `dtype` and `dims` re-read the stored bytes."""
+        return self._initializer(initializer(self.store.weight(name, layout, shape), dtype, dims))
+
+    def derived(
+        self, name: str, tensor: Tensor, *, dtype: ir.DataType | None = None, dims: Sequence[int] | None = None
+    ) -> ir.Value:
+        """An initializer over a tensor computed while emitting."""
+        return self._initializer(initializer(self.store.derived(name, tensor), dtype, dims))
+
+    def _initializer(self, value: ir.Value) -> ir.Value:
+        return self._initializers.setdefault(str(value.name), value)
+
+    def op(self, operator: str, *inputs: Any, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        """Insert an operator.
+
+        Args:
+            operator: its name.
+            inputs: nodes, values, None for an omitted input, or lists of sizes (which become int64 vectors).
+            domain: its operator set.
+            outputs: how many results; one is returned as it is, several as a sequence.
+            attributes: its attributes; None is left out.
+        """
+        made = self.builder.node(operator, [self._input_value(arg) for arg in inputs], attributes, outputs, domain)
+        return made[0] if outputs == 1 else made
+
+    def _input_value(self, arg: Any) -> ir.Value | None:
+        if arg is None:
+            return None
+        if isinstance(arg, (list, tuple)):
+            return self.ints(arg)
+        return self.value(arg)
+
+    def ints(self, items: Iterable[Any]) -> ir.Value:
+        """An int64 vector of sizes and integers."""
+        return self.sizes.vector([self.size(item) for item in items])
+
+    def size(self, item: Any) -> Size:
+        """A size: an integer, or a symbolic one (taken from the node that computes it)."""
+        if isinstance(item, fx.Node):
+            found = self.result(item)
+            if isinstance(found, (int, torch.SymInt)):
+                return found
+            raise LoweringError(codes.NO_TRANSLATION, f"{item} is no size", where=location(item))
+        return item
+
+    def const(self, number: Any, dtype: torch.dtype | ir.DataType) -> ir.Value:
+        """A constant (a number, nested lists of them, or a small numpy array)."""
+        return self.builder.constant(number, onnx_type(dtype) if isinstance(dtype, torch.dtype) else dtype)
+
+    def constant_array(self, arg: Any) -> np.ndarray | None:
+        """The array behind a value or a node, where it is a small constant."""
+        value = self.result(arg) if isinstance(arg, fx.Node) else arg
+        return self.builder.array(value) if isinstance(value, ir.Value) else None
+
+    def cast(self, arg: Any, dtype: torch.dtype) -> ir.Value:
+        """A node, size or number in a dtype."""
+        if isinstance(arg, (bool, int, float)):
+            return self.const(arg, dtype)
+        if isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), Tensor):
+            if arg.meta["val"].dtype == dtype:
+                return self.value(arg)
+        elif dtype == torch.int64 and not isinstance(arg, ir.Value):
+            return self.value(arg)
+        return self.op("Cast", arg, to=onnx_type(dtype))
+
+    def reshape(self, x: Any, old: Sequence[Size], new: Sequence[Size]) -> ir.Value:
+        """Reshape with as few computed sizes as possible: an axis that stays is 0, the last other symbolic -1."""
+        before, after = [expression(size) for size in old], [expression(size) for size in new]
+        if before == after:
+            return self.value(x)
+        target: list[Any] = []
+        for axis, expr in enumerate(after):
+            kept = not expr.is_Integer and axis < len(before) and before[axis] == expr
+            target.append(0 if kept else int(expr) if expr.is_Integer else expr)
+        symbolic = [axis for axis, size in enumerate(target) if not isinstance(size, int)]
+        if symbolic and 0 not in after and 0 not in before:
+            target[symbolic[-1]] = -1
+        if 0 in after:
+            return self.op("Reshape", x, self.sizes.vector(after), allowzero=1)
+        return self.op("Reshape", x, self.sizes.vector(target))
+
+
+def _dim(size: Any, entry: Entry) -> int | str:
+    return size if isinstance(size, int) else dim_text(size, entry)
+
+
+def _all_inputs(node: ir.Node) -> list[ir.Value]:
+    """What a node reads, its subgraphs included."""
+    read = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            inner = attribute.as_graph()
+            read += [value for each in inner.all_nodes() for value in each.inputs if value is not None]
+            read += inner.outputs
+    return read

@@ -1,0 +1,1 @@
+"""Regions of a program that ONNX Runtime has one operator for."""

@@ -1,0 +1,158 @@
+"""Running an emitted model in ONNX Runtime: tensors in, tensors out, weights never copied."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from sparc import codes
+from sparc.codegen.onnx.store import is_packed, raw_bytes, stored_name
+from sparc.diag import LoweringError
+from sparc.target import StoredTensor
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_QUIET = 3
+
+
+def import_runtime() -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        LoweringError: SPARC405 when it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise LoweringError(codes.RUNTIME_MISSING, "onnxruntime cannot be imported", why=str(error)) from None
+    return onnxruntime
+
+
+def has_cuda() -> bool:
+    """Whether ONNX Runtime has its CUDA provider here."""
+    return "CUDAExecutionProvider" in import_runtime().get_available_providers()
+
+
+class OnnxRunner:
+    """A session over one emitted model; called with one tensor per input, it returns one per output."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        stored: Mapping[str, StoredTensor],
+        *,
+        threads: int | None = None,
+        cuda: bool = False,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Open the session.
+
+        Args:
+            model: the model, whose external initializers are stored tensors.
+            stored: those, by name; the session reads their memory.
+            threads: threads of one operator; ONNX Runtime's own choice by default.
+            cuda: prefer the CUDA provider.
+            options: session configuration entries.
+
+        Raises:
+            LoweringError: SPARC405 without ONNX Runtime, SPARC406 when it refuses the model.
+        """
+        runtime = import_runtime()
+        settings = runtime.SessionOptions()
+        settings.log_severity_level = _QUIET
+        if threads is not None:
+            settings.intra_op_num_threads = threads
+            settings.inter_op_num_threads = 1
+        for key, value in (options or {}).items():
+            settings.add_session_config_entry(key, value)
+        bare, self._kept = _attach(model, stored, settings, runtime)
+        providers = (["CUDAExecutionProvider"] if cuda else []) + ["CPUExecutionProvider"]
+        try:
+            self.session = runtime.InferenceSession(bare.SerializeToString(), settings, providers=providers)
+        except Exception as error:  # ONNX Runtime raises a class per status code, all of them plain Exceptions
+            raise LoweringError(
+                codes.RUNTIME_REJECTED, "ONNX Runtime refused the model", why=_first_line(error)
+            ) from None
+        self._inputs = [value.name for value in model.graph.input]
+        self._outputs = [value.name for value in self.session.get_outputs()]
+        self._booleans = {value.name for value in self.session.get_outputs() if value.type == "tensor(bool)"}
+        self._device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run on one tensor per input.
+
+        Raises:
+            LoweringError: SPARC406 when the runtime fails.
+        """
+        feeds = {name: _to_runtime(tensor) for name, tensor in zip(self._inputs, inputs, strict=True)}
+        try:
+            if self._device == "cuda":
+                results = self._run_bound(feeds)
+            else:
+                results = self.session.run_with_ort_values(self._outputs, feeds)
+        except Exception as error:  # as above
+            raise LoweringError(
+                codes.RUNTIME_REJECTED, "ONNX Runtime failed while running the model", why=_first_line(error)
+            ) from None
+        return [_to_torch(value, name in self._booleans) for name, value in zip(self._outputs, results, strict=True)]
+
+    def _run_bound(self, feeds: Mapping[str, "onnxruntime.OrtValue"]) -> list[Any]:
+        """Inputs stay where they are; outputs stay on the device until they are read."""
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cuda")
+        self.session.run_with_iobinding(binding)
+        return list(binding.get_outputs())
+
+
+def _attach(
+    model: onnx.ModelProto, stored: Mapping[str, StoredTensor], settings: Any, runtime: Any
+) -> tuple[onnx.ModelProto, list[Any]]:
+    """The model with its external tensors handed to the session as memory; packed types are embedded."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    names, values = [], []
+    for tensor in bare.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        held = stored[stored_name(tensor.name)].tensor
+        if is_packed_type(tensor.data_type) or held.numel() == 0:
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+            tensor.raw_data = raw_bytes(held)
+        else:
+            names.append(tensor.name)
+            values.append(_to_runtime(held.reshape(tuple(tensor.dims))))
+    if names:
+        settings.add_external_initializers(names, values)
+    return bare, values
+
+
+def is_packed_type(data_type: int) -> bool:
+    """Whether elements of an ONNX type share bytes."""
+    import onnx_ir as ir
+
+    return is_packed(ir.DataType(data_type))
+
+
+def _to_runtime(tensor: Tensor) -> "onnxruntime.OrtValue":
+    runtime = import_runtime()
+    plain = tensor.detach().contiguous()
+    if plain.dtype == torch.bool or plain.numel() == 0:
+        return runtime.OrtValue.ortvalue_from_numpy(plain.cpu().numpy())
+    return runtime.OrtValue.from_dlpack(plain)
+
+
+def _to_torch(value: "onnxruntime.OrtValue", is_bool: bool) -> Tensor:
+    tensor: Tensor = torch.from_dlpack(value)  # type: ignore[attr-defined]
+    return tensor.view(torch.bool) if is_bool else tensor
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:400] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""Encoded weights and quantized activations: one file per way to carry them."""

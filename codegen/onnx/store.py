@@ -1,0 +1,97 @@
+"""Which tensors the emitted models store, in which layout, and which initializers stand for them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from sparc import layout as layouts
+from sparc.codegen.onnx.types import onnx_type
+from sparc.program import WeightStore
+from sparc.target import StoredTensor
+
+ALIAS = "#"
+
+
+@dataclass
+class Store:
+    """Stored tensors, shared by every entry of a program.
+
+    An initializer is named as the stored tensor it reads, or that name, `#` and how it reads the same bytes differently
+    (`lm_head.weight_codes#u8[49152,288]`).
+
+    Args:
+        weights: the program's weights.
+        reserved: names that a stored tensor must not take (inputs and outputs of the entries).
+    """
+
+    weights: WeightStore
+    reserved: frozenset[str] = frozenset()
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    _by_source: dict[tuple[str, str, tuple[int, ...]], str] = field(default_factory=dict)
+
+    def weight(self, name: str, layout: str = layouts.IDENTITY, shape: Sequence[int] = ()) -> StoredTensor:
+        """A program weight stored in a layout; `shape` is the stored shape where the layout needs it."""
+        key = (name, layout, tuple(shape))
+        if key not in self._by_source:
+            tensor = layouts.store(layout, self.weights[name].detach(), shape or None)
+            self._by_source[key] = self._add(name, tensor.contiguous(), name, layout)
+        return self.tensors[self._by_source[key]]
+
+    def derived(self, name: str, tensor: Tensor) -> StoredTensor:
+        """A tensor that is no program weight: computed while emitting, the same for every entry."""
+        key = (name, "derived", tuple(tensor.shape))
+        if key not in self._by_source:
+            self._by_source[key] = self._add(name, tensor.contiguous(), None, layouts.IDENTITY)
+        return self.tensors[self._by_source[key]]
+
+    def _add(self, name: str, tensor: Tensor, weight: str | None, layout: str) -> str:
+        if name in self.reserved:
+            name = f"weights.{name}"
+        unique, count = name, 0
+        while unique in self.tensors:
+            count += 1
+            unique = f"{name}.{layout.replace('+', '.')}" if count == 1 else f"{name}.{count}"
+        self.tensors[unique] = StoredTensor(unique, tensor, weight, layout)
+        return unique
+
+
+def initializer(stored: StoredTensor, dtype: ir.DataType | None = None, shape: Sequence[int] | None = None) -> ir.Value:
+    """A graph value that reads a stored tensor, as another type or shape of the same bytes if asked.
+
+    Args:
+        stored: the tensor.
+        dtype: the ONNX type, when it is not the tensor's own (INT4 over packed bytes, for example).
+        shape: the ONNX shape, when it is not the tensor's own.
+    """
+    own_type, own_shape = onnx_type(stored.tensor.dtype), tuple(stored.tensor.shape)
+    dtype, shape = dtype or own_type, tuple(own_shape if shape is None else shape)
+    name = stored.name
+    if dtype != own_type or shape != own_shape:
+        name += f"{ALIAS}{dtype.name.lower()}[{','.join(map(str, shape))}]"
+    external = ir.ExternalTensor(
+        "weights.safetensors", 0, stored.tensor.nbytes, dtype, name=name, shape=ir.Shape(shape)
+    )
+    return ir.Value(name=name, const_value=external, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def stored_name(initializer_name: str) -> str:
+    """The stored tensor that an initializer reads."""
+    return initializer_name.partition(ALIAS)[0]
+
+
+def used(tensors: Iterable[StoredTensor], names: set[str]) -> list[StoredTensor]:
+    """The stored tensors that some initializer reads."""
+    return [stored for stored in tensors if stored.name in names]
+
+
+def is_packed(dtype: ir.DataType) -> bool:
+    """Whether elements of a type share bytes."""
+    return dtype in (ir.DataType.INT4, ir.DataType.UINT4)
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """A tensor's bytes, row-major, little-endian."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

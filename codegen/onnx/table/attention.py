@@ -1,0 +1,112 @@
+"""Scaled dot-product attention from standard operators."""
+
+import math
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from sparc.codegen.onnx.emit import Emitter, Translation
+from sparc.codegen.onnx.sizes import expression
+
+
+def attention(
+    e: Emitter,
+    node: fx.Node,
+    q: fx.Node,
+    k: fx.Node,
+    v: fx.Node,
+    mask: fx.Node | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> ir.Value:
+    """`softmax(scale * q @ k.T + mask) @ v`, q `[..., heads, queries, size]`, k and v `[..., kv_heads, keys, size]`.
+
+    A row without a visible key gives zeros, as in torch. Masked scores get a large finite penalty: an infinite one
+    would make such rows NaN, and NaN spreads.
+    """
+    fake = q.meta["val"]
+    dtype, scale = fake.dtype, 1 / math.sqrt(fake.shape[-1]) if scale is None else scale
+    keys, values = (grouped(e, each, fake) if enable_gqa else e.value(each) for each in (k, v))
+    order = [*range(fake.ndim - 2), fake.ndim - 1, fake.ndim - 2]
+    scores = e.op("MatMul", q, transposed(e, keys, order))
+    if scale != 1:
+        scores = e.op("Mul", scores, e.const(scale, dtype))
+    bias = e.value(mask) if mask is not None and mask.meta["val"].dtype != torch.bool else None
+    visible = visibility(e, q, k, mask if bias is None else None, causal)
+    if visible is not None:
+        scores = e.op("Add", scores, penalty(e, visible, dtype))
+    if bias is not None:
+        scores = e.op("Add", scores, e.cast(bias, dtype) if mask.meta["val"].dtype != dtype else bias)  # type: ignore[union-attr]
+    result = e.op("MatMul", e.op("Softmax", scores, axis=-1), values)
+    if visible is not None and may_hide_rows(mask, causal):
+        result = e.op("Mul", result, visible_rows(e, visible, dtype))
+    return result
+
+
+def visibility(e: Emitter, q: fx.Node, k: fx.Node, mask: fx.Node | None, causal: bool) -> ir.Value | None:
+    """Which key each query sees, as booleans that broadcast to `[..., queries, keys]`; None for all."""
+    if mask is not None:
+        return e.value(unexpanded(mask))
+    if not causal:
+        return None
+    zero, one = e.const(0, torch.int64), e.const(1, torch.int64)
+    rows = e.op("Range", zero, e.sizes.scalar(q.meta["val"].shape[-2]), one)
+    columns = e.op("Range", zero, e.sizes.scalar(k.meta["val"].shape[-2]), one)
+    return e.op("GreaterOrEqual", e.op("Unsqueeze", rows, [1]), columns)
+
+
+def unexpanded(mask: fx.Node) -> fx.Node:
+    """The mask before it was broadcast without need."""
+    while str(mask.target) == "aten.expand.default":
+        inner = mask.args[0]
+        assert isinstance(inner, fx.Node)
+        if inner.meta["val"].ndim != mask.meta["val"].ndim:
+            break
+        mask = inner
+    return mask
+
+
+def penalty(e: Emitter, visible: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """0 where a key is visible, half the least finite number elsewhere."""
+    return e.op("Where", visible, e.const(0, dtype), e.const(torch.finfo(dtype).min / 2, dtype))
+
+
+def may_hide_rows(mask: fx.Node | None, causal: bool) -> bool:
+    """Whether a single query may see no key while others do: only where the mask has rows of its own."""
+    if mask is None or causal:
+        return False
+    fake = unexpanded(mask).meta["val"]
+    return fake.ndim >= 2 and expression(fake.shape[-2]) != 1
+
+
+def visible_rows(e: Emitter, visible: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """1 for queries that see a key, 0 for the others."""
+    return e.op("ReduceMax", e.op("Cast", visible, to=e.const(0, dtype).dtype), [-1], keepdims=1)
+
+
+def grouped(e: Emitter, x: fx.Node, like: torch.Tensor) -> ir.Value:
+    """Key or value heads repeated to the number of query heads."""
+    fake = x.meta["val"]
+    heads, groups = fake.shape[-3], like.shape[-3] // fake.shape[-3]
+    if groups == 1:
+        return e.value(x)
+    lead, tail = list(fake.shape[:-3]), list(fake.shape[-2:])
+    wide = e.op("Unsqueeze", x, [-3])
+    wide = e.op("Expand", wide, [1] * (len(lead) + 1) + [groups, 1, 1])
+    return e.reshape(wide, [*lead, heads, groups, *tail], [*lead, heads * groups, *tail])
+
+
+def transposed(e: Emitter, value: ir.Value, order: list[int]) -> ir.Value:
+    """Axes in another order, merged with a transposition that made the value."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Transpose" and producer.domain == "":
+        inner = list(producer.attributes["perm"].as_ints())
+        return e.op("Transpose", producer.inputs[0], perm=[inner[axis] for axis in order])
+    return e.op("Transpose", value, perm=order)
+
+
+TABLE: dict[str, Translation] = {"aten.scaled_dot_product_attention.default": attention}

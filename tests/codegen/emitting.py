@@ -1,0 +1,61 @@
+"""What the tests of the ONNX target share: capture, emit, run, compare."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+import torch
+from sparc.capture import capture
+from sparc.codegen.onnx.check import check_model
+from sparc.codegen.onnx.emission import OnnxEmission
+from sparc.codegen.onnx.target import OnnxTarget
+from sparc.program import Program
+from sparc.target import EmitContext
+from torch import Tensor, nn
+
+FLAVOURS = ("portable", "cpu", "cuda")
+
+
+def emit(program: Program, flavour: str = "cpu", **options: Any) -> OnnxEmission:
+    return OnnxTarget(flavour).emit(program, EmitContext(options=options))  # type: ignore[arg-type]
+
+
+def operators(emission: OnnxEmission, entry: str = "forward") -> list[str]:
+    return [node.op_type for node in emission.models[entry].graph.node]
+
+
+def assert_agrees(program: Program, emission: OnnxEmission, inputs: list[Tensor], tolerance: float = 2e-6) -> None:
+    """Every output equals the program's: exactly if integer, else relative to the output's largest element."""
+    got, want = emission.runner(threads=1)(inputs), program.run_flat(inputs)
+    assert len(got) == len(want)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        if not theirs.is_floating_point():
+            assert torch.equal(ours, theirs)
+            continue
+        finite = torch.isfinite(theirs)
+        assert torch.equal(ours[~finite], theirs[~finite]) or torch.isnan(theirs[~finite]).all()
+        scale = max(float(theirs[finite].abs().max()) if finite.any() else 0.0, 1e-30)
+        assert (
+            float((ours[finite].double() - theirs[finite].double()).abs().max() if finite.any() else 0)
+            <= tolerance * scale
+        )
+
+
+def check(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    dynamic: Any = None,
+    flavour: str = "cpu",
+    tolerance: float = 2e-6,
+    **options: Any,
+) -> OnnxEmission:
+    """Capture, emit, validate and run a module; compare with the program."""
+    program = capture(model, inputs, dynamic=dynamic)
+    emission = emit(program, flavour, **options)
+    check_model(emission.models["forward"])
+    flat = list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs)
+    assert_agrees(program, emission, [each for each in flat if isinstance(each, Tensor)], tolerance)
+    return emission
