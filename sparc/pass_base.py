@@ -81,6 +81,7 @@ class Rewrite:
         wide: float64 values of weights made for the replacement, before they are rounded to their dtype.
         weights: the weights both regions use.
         entry: the entry's name.
+        rule: the name of the rewrite that made it, when a pass has several.
     """
 
     where: Location
@@ -90,6 +91,7 @@ class Rewrite:
     wide: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     entry: str
+    rule: str = ""
 
 
 class PassContext:

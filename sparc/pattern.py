@@ -4,7 +4,8 @@ The lambda's parameters after `op` are variables: each binds whatever stands the
 variable with the default None also matches an argument that is absent. `op.NAME(...)` matches any overload of `aten.NAME` (or
 `op.sparc.decode`, `op.getitem`); arguments that the pattern does not give must have their default value. A value used twice in the
 lambda must be the same value in the graph. `add` and `mul` match in either order. `op.either(p, q)` matches p or q. A pattern may
-return several results as a tuple; the later ones are searched among the users of what the first one bound.
+return several results as a tuple; the later ones are searched among the users of what the first one bound. `op.any()` matches anything
+and binds nothing; `op.weight(w)` lets the variable `w` bind only weights; `op.such(p, test)` matches p where `test(value)` holds.
 """
 
 import inspect
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
+
+from sparc.program import is_weight
 
 _COMMUTATIVE = {"add", "mul", "logical_and", "bitwise_and", "logical_or", "bitwise_or", "eq", "ne", "maximum", "minimum"}
 
@@ -44,6 +47,19 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
+class Anything:
+    """Matches every value; made by `op.any()`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Such:
+    """A pattern and a test that the value must pass."""
+
+    pattern: Any
+    test: Callable[[Any], bool]
+
+
+@dataclass(frozen=True, eq=False)
 class Either:
     """The first of several patterns that matches."""
 
@@ -60,6 +76,12 @@ class Operators:
     def __getattr__(self, name: str) -> Any:
         if name == "either":
             return lambda *options: Either(options)
+        if name == "any":
+            return Anything
+        if name == "such":
+            return Such
+        if name == "weight":
+            return lambda variable: Such(variable, is_weight)
         if name == "getitem":
             return lambda *args: Call(operator.getitem, args, {})
         if name == "sparc":
@@ -94,6 +116,21 @@ def trace(function: Callable[..., Any]) -> Pattern:
 
 
 @dataclass(frozen=True)
+class Found:
+    """A match, however it was found.
+
+    Args:
+        values: what each variable bound.
+        nodes: every node of the matched region.
+        roots: the region's results, the anchor first.
+    """
+
+    values: Mapping[str, Any]
+    nodes: tuple[fx.Node, ...]
+    roots: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
 class Bound:
     """A successful match: values by variable name, and the graph node of every pattern call."""
 
@@ -113,9 +150,29 @@ class Bound:
         return Bound(self.values, {**self.nodes, call: node})
 
 
-def match(pattern: Pattern, node: fx.Node) -> Bound | None:
+def match(pattern: Pattern, node: fx.Node) -> Found | None:
     """Match a pattern with its first result at `node`."""
-    return next(_match_all(pattern.results[1:], _match(pattern.results[0], node, Bound({}, {}))), None)
+    bound = next(_match_all(pattern.results[1:], _match(pattern.results[0], node, Bound({}, {}))), None)
+    if bound is None:
+        return None
+    absent = {name: None for name, variable in pattern.variables.items() if variable.optional}
+    roots = tuple(_root(result, bound) for result in pattern.results)
+    return Found({**absent, **bound.values}, tuple(dict.fromkeys(bound.nodes.values())), roots)
+
+
+def _root(result: Any, bound: Bound) -> fx.Node:
+    if isinstance(result, Such):
+        return _root(result.pattern, bound)
+    if isinstance(result, Either):
+        return next(root for option in result.options if (root := _root_or_none(option, bound)) is not None)
+    return bound.nodes[result]
+
+
+def _root_or_none(result: Any, bound: Bound) -> fx.Node | None:
+    try:
+        return _root(result, bound)
+    except (KeyError, StopIteration):
+        return None
 
 
 def _match_all(rest: tuple[Any, ...], found: Iterator[Bound]) -> Iterator[Bound]:
@@ -135,9 +192,14 @@ def _bound_nodes(bound: Bound) -> list[fx.Node]:
 
 def _match(pattern: Any, value: Any, bound: Bound) -> Iterator[Bound]:
     if isinstance(pattern, Variable):
-        extended = bound.put_value(pattern.name, value)
+        extended = bound.put_value(pattern.name, value) if value is not None or pattern.optional else None
         if extended is not None:
             yield extended
+    elif isinstance(pattern, Anything):
+        yield bound
+    elif isinstance(pattern, Such):
+        if pattern.test(value):
+            yield from _match(pattern.pattern, value, bound)
     elif isinstance(pattern, Either):
         for option in pattern.options:
             yield from _match(option, value, bound)

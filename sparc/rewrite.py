@@ -12,18 +12,22 @@
 """
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from sparc.analysis.values import same_bits, same_type, scalar_value, size_hint
 from sparc.contract import Contract
 from sparc.encoding.operators import is_decode
 from sparc.pass_base import Pass, PassContext, Rewrite, Stage
-from sparc.pattern import Bound, Pattern, match, trace
+from sparc.pattern import Found, Pattern, match, trace
 from sparc.program import Entry, Program, is_weight, location
+from sparc.region import region, region_inputs
+
+_SWEEPS = 8
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,18 @@ def _fits(kind: str, value: Any) -> bool:
 class Match:
     """One match of a pattern. Variables are attributes: `m.x` is what `x` bound."""
 
-    def __init__(self, program: Program, entry: Entry, pattern: Pattern, bound: Bound) -> None:
+    def __init__(self, program: Program, entry: Entry, found: Found, before: fx.Node, made: dict[str, list[str]]) -> None:
+        """Args: the program and entry, what matched, the node to insert before, and weights made so far in this run by what they replace."""
         self.program = program
         self.entry = entry
-        self.roots = [bound.nodes[result] if result in bound.nodes else _either_root(result, bound) for result in pattern.results]
-        self.nodes = list(dict.fromkeys(bound.nodes.values()))
-        self._values = {**{name: None for name, v in pattern.variables.items() if v.optional}, **bound.values}
+        self.roots = found.roots
+        self.nodes = found.nodes
         self.created: list[fx.Node] = []
         self.wide: dict[str, Tensor] = {}
         self.likes: dict[str, str] = {}
+        self._values = found.values
+        self._before = before
+        self._made = made
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -126,33 +133,49 @@ class Match:
         bound = self._values[name]
         return bound.meta["val"] if isinstance(bound, fx.Node) else bound
 
-    def constant(self, tensor: Tensor, like: str) -> fx.Node:
+    def constant(self, tensor: Tensor, like: str, name: str | None = None) -> fx.Node:
         """A new weight, kept in float64 until it is checked and stored in the dtype of `like`.
 
         Args:
-            tensor: the value.
+            tensor: the value; one that already has the dtype of `like` is taken as it is.
             like: the variable whose weight it replaces: it takes over its dtype, its origins and, once that is unused, its name.
+            name: instead of that name, a name beside it: `bias` for a new bias beside `conv.weight`.
         """
         source = self._values[like]
-        name = str(source.target)
-        node = self.program.add_weight(name, tensor.to(self.program.weights[name].dtype), like=source)
-        self.wide[str(node.target)] = tensor
-        self.likes[str(node.target)] = name
+        old = str(source.target)
+        wished = old if name is None else old.rpartition(".")[0] + "." * ("." in old) + name
+        stored = tensor.to(self.program.weights[old].dtype)
+        made = self._made.setdefault(wished, [])
+        known = next((each for each in made if each in self.program.weights and same_bits(self.program.weights[each], stored)), None)
+        if known is not None:  # another entry reads the same weight and was rewritten in the same way
+            node = self.program.weight_node(self.entry, known)
+        else:
+            node = self.program.add_weight(wished, stored, like=source)
+            made.append(str(node.target))
+        if stored.dtype != tensor.dtype:
+            self.wide[str(node.target)] = tensor
+        if name is None:
+            self.likes[str(node.target)] = old
         self.created.append(node)
         return node
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call of an operator overload, such as the one that was matched, before the match."""
+        return self._insert(target, args, kwargs)
+
+    def number(self, value: Any) -> float | None:
+        """The number that a value stands for: a literal, a constant of one element, or a tensor filled with one number; else None."""
+        found = scalar_value(self.program, value)
+        return None if found is None else float(found)
 
     def skip(self, why: str) -> Skip:
         """Leave the match alone."""
         return Skip(why)
 
     def _insert(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Node:
-        node = self.entry.call(target, *args, before=self.roots[0], like=self.roots[0], **kwargs)
+        node = self.entry.call(target, *args, before=self._before, like=self.roots[0], **kwargs)
         self.created.append(node)
         return node
-
-
-def _either_root(result: Any, bound: Bound) -> fx.Node:
-    return next(bound.nodes[option] for option in result.options if option in bound.nodes)
 
 
 Function = Callable[[Match], "fx.Node | tuple[fx.Node, ...] | Skip"]
@@ -172,10 +195,21 @@ class RewritePass(Pass):
 
     def run(self, program: Program, context: PassContext) -> None:
         """Apply the rewrite wherever it matches, until it matches nowhere."""
-        apply(program, context, type(self)._pattern, type(self)._function, type(self)._single_use)  # type: ignore[attr-defined]
+        kind: Any = type(self)
+        apply(program, context, kind._find, kind._function, single_use=kind._single_use, rule=self.name)
 
 
-def rewrite(pattern: Callable[..., Any], *, contract: Contract, stage: Stage = Stage.FOLD, single_use: bool = True) -> Callable[[Function], RewritePass]:
+Find = Callable[[Program, fx.Node], "Found | Skip | None"]
+
+
+def rewrite(
+    pattern: Callable[..., Any] | None = None,
+    *,
+    contract: Contract,
+    stage: Stage = Stage.FOLD,
+    single_use: bool = True,
+    find: Find | None = None,
+) -> Callable[[Function], RewritePass]:
     """Make a pass from a function.
 
     Args:
@@ -183,10 +217,15 @@ def rewrite(pattern: Callable[..., Any], *, contract: Contract, stage: Stage = S
         contract: what the rewrite promises.
         stage: where in a recipe it is legal.
         single_use: require that nothing outside the match reads its inner values (except decoded weights); otherwise they may stay.
+        find: instead of a pattern, for what calls cannot describe: a function of a program and a node that returns what it found there, a
+            `Skip` with the reason why something that looks like it is none, or None.
 
     Returns:
         A decorator from `Match -> replacement | Skip` to a Pass of the function's name. The function's docstring is its equation.
     """
+    if (pattern is None) == (find is None):
+        raise TypeError("rewrite() takes a pattern or find=, one of them")
+    finder = find if find is not None else _finder(trace(pattern))  # type: ignore[arg-type]
 
     def decorate(function: Function) -> RewritePass:
         namespace = {
@@ -195,7 +234,7 @@ def rewrite(pattern: Callable[..., Any], *, contract: Contract, stage: Stage = S
             "__doc__": function.__doc__,
             "__module__": function.__module__,
             "_promise": contract,
-            "_pattern": trace(pattern),
+            "_find": staticmethod(finder),
             "_function": staticmethod(function),
             "_single_use": single_use,
         }
@@ -205,37 +244,97 @@ def rewrite(pattern: Callable[..., Any], *, contract: Contract, stage: Stage = S
     return decorate
 
 
-def apply(program: Program, context: PassContext, pattern: Pattern, function: Function, single_use: bool = True) -> None:
-    """Rewrite every match in every entry, in graph order; each edit is recorded so that the driver can check it."""
-    for name, entry in program.entries.items():
-        for node in list(entry.graph.nodes):
-            if node.op != "call_function" or not node.users or _erased(node):
-                continue
-            bound = match(pattern, node)
-            if bound is None:
-                continue
-            found = Match(program, entry, pattern, bound)
-            reason = _outside_use(found) if single_use else None
-            if reason:
-                context.skip(node, reason)
-                continue
-            if not context.edit():
-                return
-            result = function(found)
-            if isinstance(result, Skip):
-                context.edits -= 1
-                _discard(program, found)
-                context.skip(node, result.why)
-                continue
-            _replace(program, name, context, found, result if isinstance(result, tuple) else (result,))
-    program.sweep()
+def _finder(pattern: Pattern) -> Find:
+    return lambda program, node: match(pattern, node)
+
+
+def apply(program: Program, context: PassContext, find: Find, function: Function, *, single_use: bool = True, rule: str = "") -> None:
+    """Rewrite every match in every entry, in graph order, until nothing changes; each edit is recorded for the driver to check."""
+    made: dict[str, list[str]] = {}
+    for _ in range(_SWEEPS):
+        before = context.edits
+        for name in program.entries:
+            _apply_once(program, name, context, find, function, single_use, rule, made)
+        program.sweep()
+        if context.edits == before:
+            return
+
+
+def _apply_once(
+    program: Program,
+    entry: str,
+    context: PassContext,
+    find: Find,
+    function: Function,
+    single_use: bool,
+    rule: str,
+    made: dict[str, list[str]],
+) -> None:
+    chosen = program.entries[entry]
+    for node in list(chosen.graph.nodes):
+        if node.op != "call_function" or not node.users or _erased(node):
+            continue
+        found = find(program, node)
+        if found is None:
+            continue
+        reason = found.why if isinstance(found, Skip) else _outside_use(found) if single_use else None
+        place = None if isinstance(found, Skip) else _insertion_point(chosen.graph, found)
+        if reason is None and place is None:
+            reason = "a result is read before all inputs are computed"
+        if isinstance(found, Skip) or place is None or reason is not None:
+            context.skip(node, str(reason))
+            continue
+        if not context.edit():
+            return
+        current = Match(program, chosen, found, place, made)
+        result = function(current)
+        results = result if isinstance(result, tuple) else (result,)
+        why = result.why if isinstance(result, Skip) else _type_reason(current.roots, results)
+        if why:
+            context.edits -= 1
+            _discard(program, current)
+            context.skip(node, why)
+        else:
+            _replace(program, entry, context, current, results, rule)
+
+
+def _insertion_point(graph: fx.Graph, found: Found) -> fx.Node | None:
+    """The node to insert the replacement before; None when an outside use of a result comes before an input is known."""
+    if len(found.roots) == 1:
+        return found.roots[0]
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    first = min(found.roots, key=order.__getitem__)
+    inputs = [node for node in region_inputs(found.roots, set(found.nodes)) if order[node] > order[first]]
+    after = max((order[node] for node in inputs), default=order[first])
+    outside = [user for root in found.roots for user in root.users if user not in found.nodes]
+    if any(order[user] <= after for user in outside):
+        return None
+    return first if not inputs else max(inputs, key=order.__getitem__).next
+
+
+def _type_reason(roots: Sequence[fx.Node], results: Sequence[fx.Node]) -> str | None:
+    """None when every result has the type of what it replaces, for all sizes.
+
+    Raises:
+        TypeError: when the types differ already on the example's sizes.
+    """
+    for root, result in zip(roots, results, strict=True):
+        old, new = root.meta["val"], result.meta["val"]
+        if not isinstance(old, Tensor) or same_type(old, new):
+            continue
+        text = " not ".join(f"{kind.dtype} {[str(size) for size in kind.shape]}" for kind in (new, old))
+        hints = [[size_hint(size) for size in kind.shape] for kind in (old, new)]
+        if old.dtype != new.dtype or hints[0] != hints[1]:
+            raise TypeError(f"the replacement of {root.name} has type {text}")
+        return f"the replacement cannot be shown to have the same shape: {text}"
+    return None
 
 
 def _erased(node: fx.Node) -> bool:
     return bool(getattr(node, "_erased", False))
 
 
-def _outside_use(found: Match) -> str | None:
+def _outside_use(found: Found) -> str | None:
     inside = set(found.nodes)
     for node in found.nodes:
         if node in found.roots or is_decode(node):
@@ -246,29 +345,29 @@ def _outside_use(found: Match) -> str | None:
     return None
 
 
-def _discard(program: Program, found: Match) -> None:
-    for node in reversed(found.created):
-        if not node.users:
+def _discard(program: Program, current: Match) -> None:
+    for node in reversed(current.created):
+        if not node.users and not _erased(node):
             node.graph.erase_node(node)
-    for name in found.wide:
-        program.weights.remove(name)
+    if current.created:
+        program.sweep()
 
 
-def _replace(program: Program, entry: str, context: PassContext, found: Match, results: tuple[fx.Node, ...]) -> None:
-    created = set(found.created)
-    before_inner, after_inner = set(found.nodes), created
-    boundary = dict.fromkeys([*_inputs(found.roots, before_inner), *_inputs(results, after_inner)])
-    before = region(found.roots, before_inner, boundary)
+def _replace(program: Program, entry: str, context: PassContext, current: Match, results: tuple[fx.Node, ...], rule: str) -> None:
+    created = set(current.created)
+    before_inner, after_inner = set(current.nodes), created
+    boundary = dict.fromkeys([*region_inputs(current.roots, before_inner), *region_inputs(results, after_inner)])
+    before = region(current.roots, before_inner, boundary)
     after = region(results, after_inner, boundary)
     used = {str(node.target) for graph in (before, after) for node in graph.nodes if node.op == "get_attr"}
     weights = {name: program.weights[name] for name in used}
     names = tuple(node.name for node in boundary)
-    context.rewrites.append(Rewrite(location(found.roots[0]), before, after, names, dict(found.wide), weights, entry))
-    for root, result in zip(found.roots, results, strict=True):
+    context.rewrites.append(Rewrite(location(current.roots[0]), before, after, names, dict(current.wide), weights, entry, rule))
+    for root, result in zip(current.roots, results, strict=True):
         root.replace_all_uses_with(result)
-    for root in found.roots:
+    for root in current.roots:
         _erase_dead(root)
-    for new, old in found.likes.items():
+    for new, old in current.likes.items():
         _take_over_name(program, new, old)
 
 
@@ -290,40 +389,3 @@ def _take_over_name(program: Program, new: str, old: str) -> None:
         node.graph.erase_node(node)
     program.weights.remove(old)
     program.rename_weight(new, old)
-
-
-def _inputs(results: Iterable[fx.Node], inner: set[fx.Node]) -> list[fx.Node]:
-    """The nodes outside `inner` that the computation of `results` reads; weights are no inputs."""
-    found: dict[fx.Node, None] = {}
-    seen: set[fx.Node] = set()
-    stack = list(results)
-    while stack:
-        node = stack.pop()
-        if node in seen or node.op == "get_attr":
-            continue
-        seen.add(node)
-        if node in inner:
-            stack.extend(node.all_input_nodes)
-        else:
-            found.setdefault(node)
-    return list(found)
-
-
-def region(results: Sequence[fx.Node], inner: set[fx.Node], boundary: Iterable[fx.Node]) -> fx.Graph:
-    """A graph of its own that computes `results` from `boundary` through the `inner` nodes and weights."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in boundary:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta = dict(node.meta)
-
-    def copy(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            for used in node.all_input_nodes:
-                copy(used)
-            copies[node] = graph.node_copy(node, lambda used: copies[used])
-            copies[node].meta = dict(node.meta)
-        return copies[node]
-
-    graph.output([copy(result) for result in results])
-    return graph
