@@ -38,7 +38,8 @@ $(VENV)/.weights: $(VENV)/.torch
 $(VENV)/.installed: $(VENV)/.weights pyproject.toml $(shell find tests/plugin -name '*.toml' -o -path '*/plugin/*.py')
 	@echo "installing sparc and its tools (once, and when pyproject.toml changes)"
 	@$(PIP) install $(PIP_FLAGS) "$(TORCH)" --editable ".[models,dev]"
-	@$(PIP) install --no-deps --no-build-isolation ./tests/plugin
+	@$(PIP) install setuptools && $(PIP) install --no-deps --no-build-isolation ./tests/plugin
+	@rm -rf tests/plugin/build tests/plugin/*.egg-info
 	@touch $@
 
 demo: setup

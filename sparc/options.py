@@ -1,8 +1,8 @@
 """Options: the fields of passes, checked against their annotations and written as TOML values, both ways exactly.
 
-An option's type is `bool`, `int`, `float`, `str`, a `Literal`, an `Enum` with string values, an encoding (as its spec text), a tuple or
-a `Mapping` from strings of those, or a union of them. None is allowed as a default only: TOML has no null, so it is written by
-leaving the option out.
+An option's type is `bool`, `int`, `float`, `str`, a `Literal`, an `Enum` with string values, an encoding (as its spec
+text), a tuple or a `Mapping` from strings of those, or a union of them. None is allowed as a default only: TOML has no
+null, so it is written by leaving the option out.
 """
 
 import enum
@@ -86,7 +86,9 @@ def read_options(owner: type[Any], values: Mapping[str, Any], parse: ParseSpec, 
     except SparcError:
         raise
     except Exception as error:  # a third party's __post_init__ may raise anything
-        raise PassError(codes.BAD_OPTION, f"the options of {what} were refused", why=f"{type(error).__name__}: {error}") from None
+        raise PassError(
+            codes.BAD_OPTION, f"the options of {what} were refused", why=f"{type(error).__name__}: {error}"
+        ) from None
 
 
 def write_options(instance: Any) -> dict[str, Any]:
@@ -128,7 +130,11 @@ def _unsupported(annotation: Any, top: bool = True) -> str | None:
     if annotation is type(None):
         return None if top else "None cannot be written inside another value"
     if _is_a(annotation, enum.Enum):
-        return None if all(isinstance(member.value, str) for member in annotation) else "the values of the Enum are no strings"
+        return (
+            None
+            if all(isinstance(member.value, str) for member in annotation)
+            else "the values of the Enum are no strings"
+        )
     if _is_union(annotation):
         parts = get_args(annotation)
         if str in parts and any(_is_a(part, Encoding) or _is_a(part, enum.Enum) for part in parts):
@@ -181,7 +187,9 @@ def _choices(annotation: Any) -> list[str]:
         return [choice for part in get_args(annotation) for choice in _choices(part)]
     if _is_a(annotation, enum.Enum):
         return [member.value for member in annotation]
-    return [value for value in get_args(annotation) if isinstance(value, str)] if get_origin(annotation) is Literal else []
+    return (
+        [value for value in get_args(annotation) if isinstance(value, str)] if get_origin(annotation) is Literal else []
+    )
 
 
 def _convert(annotation: Any, value: Any, parse: ParseSpec | None) -> Any:
@@ -208,9 +216,18 @@ def _convert(annotation: Any, value: Any, parse: ParseSpec | None) -> Any:
 
 
 def _convert_plain(annotation: type[Any], value: Any) -> Any:
-    if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
+    if (
+        annotation is float
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and not math.isnan(value)
+    ):
         return value if isinstance(value, float) else float(value)
-    if annotation is not float and isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool)):
+    if (
+        annotation is not float
+        and isinstance(value, annotation)
+        and (annotation is bool or not isinstance(value, bool))
+    ):
         return value
     raise _Mismatch
 
@@ -225,7 +242,9 @@ def _convert_tuple(parts: tuple[Any, ...], value: Any, parse: ParseSpec | None) 
 
 
 def _convert_union(parts: tuple[Any, ...], value: Any, parse: ParseSpec | None) -> Any:
-    """The first alternative that fits; an encoding's text is tried last, and its own error is shown when it looks like a spec."""
+    """The first alternative that fits; an encoding's text is tried last, and its own error is shown when it looks like
+    a spec.
+    """
     for part in sorted(parts, key=lambda part: _is_a(part, Encoding)):
         text = parse is not None and isinstance(value, str) and _is_a(part, Encoding)
         try:

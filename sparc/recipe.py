@@ -8,7 +8,8 @@
     where = "*.mlp.*"
     encoding = "IntGrid(bits=4, group=32)"
 
-A recipe names registered passes and encodings only. Both forms round-trip exactly; options at their defaults are not written.
+A recipe names registered passes and encodings only. Both forms round-trip exactly; options at their defaults are not
+written.
 """
 
 from collections.abc import Iterable, Mapping
@@ -62,7 +63,8 @@ class Step:
         where: one selector or several (`sparc.selector`); everything by default.
 
     Raises:
-        PassError: SPARC202 when `pass_` is no pass, SPARC209 when an option has the wrong type, SPARC213 when `where` is malformed.
+        PassError: SPARC202 when `pass_` is no pass, SPARC209 when an option has the wrong type, SPARC213 when `where`
+            is malformed.
     """
 
     pass_: Pass
@@ -74,7 +76,9 @@ class Step:
         if isinstance(self.where, list):
             object.__setattr__(self, "where", tuple(self.where))
         if not isinstance(self.where, (str, tuple)):
-            raise PassError(codes.BAD_SELECTOR, f"where={self.where!r} of {self.pass_name!r} is no string and no list of strings")
+            raise PassError(
+                codes.BAD_SELECTOR, f"where={self.where!r} of {self.pass_name!r} is no string and no list of strings"
+            )
         check_options(self.pass_, repr(self.pass_name))
         Selector.parse(self.where)
 
@@ -94,7 +98,8 @@ class Recipe:
 
     Args:
         steps: passes or `Step`s; a bare pass is for every site.
-        goal: what compressing is for: `latency` keeps a compressed operator only where it is faster, `size` where it is smaller.
+        goal: what compressing is for: `latency` keeps a compressed operator only where it is faster, `size` where it is
+            smaller.
         name: what reports call it.
 
     Raises:
@@ -111,7 +116,9 @@ class Recipe:
         if not isinstance(self.name, str):
             raise PassError(codes.BAD_RECIPE, f"the recipe's name is {self.name!r}", why="expected a string")
         if self.goal not in _GOALS:
-            raise PassError(codes.BAD_RECIPE, f"the recipe's goal is {self.goal!r}", hint=hint(str(self.goal), _GOALS, kind="goals"))
+            raise PassError(
+                codes.BAD_RECIPE, f"the recipe's goal is {self.goal!r}", hint=hint(str(self.goal), _GOALS, kind="goals")
+            )
         _check_order(steps)
 
     def __str__(self) -> str:
@@ -123,7 +130,9 @@ class Recipe:
         Raises:
             PassError: SPARC202 when it is too long to be read back.
         """
-        head = [f"name = {toml_value(self.name)}"] * bool(self.name) + [f"goal = {toml_value(self.goal)}"] * (self.goal != "latency")
+        head = [f"name = {toml_value(self.name)}"] * bool(self.name) + [f"goal = {toml_value(self.goal)}"] * (
+            self.goal != "latency"
+        )
         blocks = ["\n".join(head)] if head else []
         blocks += [_step_toml(step) for step in self.steps] or ["steps = []"]
         text = "\n\n".join(blocks) + "\n"
@@ -139,8 +148,8 @@ class Recipe:
             registry: the passes and encodings that may be named.
 
         Raises:
-            PassError: SPARC201 for an unknown pass or encoding, SPARC202 when the text is no recipe, SPARC203 for an illegal order, SPARC209
-                for a wrong option, SPARC213 for a malformed selector.
+            PassError: SPARC201 for an unknown pass or encoding, SPARC202 when the text is no recipe, SPARC203 for an
+                illegal order, SPARC209 for a wrong option, SPARC213 for a malformed selector.
         """
         table = read_toml(text)
         for key in table:
@@ -149,7 +158,9 @@ class Recipe:
         tables = table.get("steps")
         if not isinstance(tables, list) or not all(isinstance(step, dict) for step in tables):
             why = "steps is missing" if tables is None else "steps is no list of tables"
-            raise PassError(codes.BAD_RECIPE, "the recipe has no steps", why=why, hint="begin every step with [[steps]]")
+            raise PassError(
+                codes.BAD_RECIPE, "the recipe has no steps", why=why, hint="begin every step with [[steps]]"
+            )
         steps = tuple(_read_step(number, step, registry) for number, step in enumerate(tables, 1))
         return Recipe(steps, table.get("goal", "latency"), table.get("name", ""))
 
@@ -158,8 +169,8 @@ def resolve_recipe(value: Any, registry: Names) -> Recipe:
     """A recipe from whatever names one.
 
     Args:
-        value: a Recipe; the name of a registered one; the path of a `.toml` file (a `Path`, or a string that ends in `.toml` or holds a
-            slash); a pass or a `Step`; or an iterable of those.
+        value: a Recipe; the name of a registered one; the path of a `.toml` file (a `Path`, or a string that ends in
+            `.toml` or holds a slash); a pass or a `Step`; or an iterable of those.
         registry: what may be named.
 
     Raises:
@@ -205,7 +216,10 @@ def _read_step(number: int, table: Mapping[str, Any], registry: Names) -> Step:
         near = nearest("pass", table)
         why = "pass is missing" if name is None else f"pass is {name!r}"
         raise PassError(
-            codes.BAD_RECIPE, f"step {number} names no pass", why=why, hint=f'write pass = "round", not {near[0]}' if near else ""
+            codes.BAD_RECIPE,
+            f"step {number} names no pass",
+            why=why,
+            hint=f'write pass = "round", not {near[0]}' if near else "",
         )
     owner = registry.pass_type(name)
     options = {key: value for key, value in table.items() if key not in _RESERVED}

@@ -35,8 +35,8 @@ class Extension:
         encodings: classes of encodings.
         recipes: recipes by name.
         targets: targets; each has its own name.
-        lowerings: what a target does with an encoding or an operator: by (target's name, encoding's class name or operator's name). What the
-            value is, is the target's to say.
+        lowerings: what a target does with an encoding or an operator: by (target's name, encoding's class name or
+            operator's name). What the value is, is the target's to say.
         kernels: kernel templates, for targets that choose among them.
     """
 
@@ -59,7 +59,8 @@ class Registry:
         targets: targets.
         lowerings: lowerings by (target, encoding or operator).
         kernels: kernel templates in order of registration.
-        owners: the extension that registered a name, by (kind, name); kinds are `pass`, `encoding`, `recipe`, `target`, `lowering`.
+        owners: the extension that registered a name, by (kind, name); kinds are `pass`, `encoding`, `recipe`, `target`,
+            `lowering`.
     """
 
     def __init__(self, extensions: Iterable[Extension] = ()) -> None:
@@ -173,7 +174,9 @@ def _malformed(extension: Extension) -> str | None:
     reasons = [_malformed_pass(_class_of(each)) for each in extension.passes]
     reasons += [_malformed_encoding(each) for each in extension.encodings]
     reasons += [None if isinstance(each, Target) else f"{each!r} is no Target" for each in extension.targets]
-    reasons += [f"recipe {key!r} is no Recipe" for key, each in extension.recipes.items() if not isinstance(each, Recipe)]
+    reasons += [
+        f"recipe {key!r} is no Recipe" for key, each in extension.recipes.items() if not isinstance(each, Recipe)
+    ]
     reasons += [
         f"the lowering {key!r} is no pair of strings"
         for key in extension.lowerings
@@ -183,7 +186,9 @@ def _malformed(extension: Extension) -> str | None:
     if reasons:
         return reasons[0]
     names = [name for (kind, name), _ in _contents(extension) if kind != "lowering"]
-    return next((f"{name!r} is no name" for name in names if not isinstance(name, str) or not _NAME.fullmatch(name)), None)
+    return next(
+        (f"{name!r} is no name" for name in names if not isinstance(name, str) or not _NAME.fullmatch(name)), None
+    )
 
 
 def _malformed_pass(owner: Any) -> str | None:

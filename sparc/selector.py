@@ -2,18 +2,19 @@
 
 `where` is one pattern or several. A pattern names weights, an operator type, or both:
 
-- `encoder.layer.0` — a module or a weight: everything inside it. Patterns match from the beginning of the full name of a weight to the
-  end of one of its parts, so this covers `encoder.layer.0.query.weight` but not `encoder.layer.01.query.weight`.
-- `*` stands for any text, dots included; `?` for one character and `[0-5]` for one of a set, dots excluded. A leading `*.` may also
-  stand for nothing: `*.mlp` is every module called `mlp`, at any depth.
+- `encoder.layer.0` — a module or a weight: everything inside it. Patterns match from the beginning of the full name of
+  a weight to the end of one of its parts, so this covers `encoder.layer.0.query.weight` but not
+  `encoder.layer.01.query.weight`.
+- `*` stands for any text, dots included; `?` for one character and `[0-5]` for one of a set, dots excluded. A leading
+  `*.` may also stand for nothing: `*.mlp` is every module called `mlp`, at any depth.
 - `{query,key}` are alternatives, `{0..11}` are numbers; both may be nested.
 - `@linear` — an operator type. `encoder.*@linear` is both: inside `encoder`, and a linear operator's.
-- `!pattern` takes away. Several patterns select what any of them selects, less what any `!pattern` takes away; only `!patterns` select
-  everything else. The order of patterns means nothing.
+- `!pattern` takes away. Several patterns select what any of them selects, less what any `!pattern` takes away; only
+  `!patterns` select everything else. The order of patterns means nothing.
 - `*` is everything.
 
-Among the steps of one recipe with the same pass, a site goes to the most specific: a name beats an operator type, which beats
-`*`; between equals the later step wins.
+Among the steps of one recipe with the same pass, a site goes to the most specific: a name beats an operator type, which
+beats `*`; between equals the later step wins.
 """
 
 import re
@@ -117,7 +118,9 @@ class Selector:
         """
         texts = (where,) if isinstance(where, str) else tuple(where)
         if not texts:
-            raise PassError(codes.BAD_SELECTOR, "where= is empty", hint='leave it out, or write "*", to select everything')
+            raise PassError(
+                codes.BAD_SELECTOR, "where= is empty", hint='leave it out, or write "*", to select everything'
+            )
         for text in texts:
             if not isinstance(text, str):
                 raise PassError(codes.BAD_SELECTOR, f"where= holds {text!r}", why="patterns are strings")
@@ -151,7 +154,8 @@ class Selecting(Protocol):
 def assign(
     steps: Sequence[Selecting], sites: Sequence[Selectable], others: Sequence[Unselectable] = ()
 ) -> list[set[str]]:
-    """The weights each step is for: among steps with the same pass, the most specific one claims a site, the later one of equals.
+    """The weights each step is for: among steps with the same pass, the most specific one claims a site, the later one
+    of equals.
 
     Args:
         steps: a recipe's steps, in order.
@@ -159,8 +163,8 @@ def assign(
         others: weights that are no sites; naming one is no mistake.
 
     Returns:
-        For each step the names (`site.weight`) of its sites; empty when other steps claim them all, or when the model has no operator
-        of the type asked for.
+        For each step the names (`site.weight`) of its sites; empty when other steps claim them all, or when the model
+        has no operator of the type asked for.
 
     Raises:
         PassError: SPARC204 when a pattern names nothing in this model, with the nearest names.
@@ -204,7 +208,9 @@ def _check_matches(
 def _suggestion(pattern: Pattern, sites: Sequence[Selectable]) -> str:
     name = pattern.text.removeprefix("!").partition("@")[0]
     if pattern.operators is not None:
-        found = sorted({site.operator for site in sites if pattern.names and any(map(pattern.names.match, _names(site)))})
+        found = sorted(
+            {site.operator for site in sites if pattern.names and any(map(pattern.names.match, _names(site)))}
+        )
         if found:
             return f"the operators there are {', '.join('@' + operator for operator in found)}"
     inner = _parse_pattern(f"*.{name}")
@@ -252,13 +258,16 @@ def _parse_pattern(text: str) -> Pattern:
 
 
 def _compile(text: str, glob: str, end: str) -> re.Pattern[str]:
-    return re.compile(f"(?:{'|'.join(_expression(text, plain) for plain in _alternatives(text, glob))}){end}", re.DOTALL)
+    return re.compile(
+        f"(?:{'|'.join(_expression(text, plain) for plain in _alternatives(text, glob))}){end}", re.DOTALL
+    )
 
 
 def _expression(text: str, plain: str) -> str:
     """A glob without braces as a regular expression that backtracks over no more than its first and its last star.
 
-    What stands between two stars has a fixed length, so its leftmost match is as good as any later one and can be atomic.
+    What stands between two stars has a fixed length, so its leftmost match is as good as any later one and can be
+    atomic.
     """
     anywhere = plain.startswith("*.")
     parts = _STARS.split(plain[2:] if anywhere else plain)
@@ -312,4 +321,6 @@ def _choices(text: str, inside: str) -> list[str]:
 
 
 def _malformed(text: str, why: str) -> PassError:
-    return PassError(codes.BAD_SELECTOR, f"the selector {text!r} is malformed", why=why, hint="see the selectors in docs/recipes.md")
+    return PassError(
+        codes.BAD_SELECTOR, f"the selector {text!r} is malformed", why=why, hint="see the selectors in docs/recipes.md"
+    )

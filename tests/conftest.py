@@ -30,7 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark golden tests, and keep the tests of one file in one worker so that they share what its fixtures made.
 
-    Files that share something expensive are kept together by a marker of their own: `pytestmark = pytest.mark.xdist_group("smollm2")`.
+    Files that share something expensive are kept together by a marker of their own:
+    `pytestmark = pytest.mark.xdist_group("smollm2")`.
     """
     for item in items:
         if "golden" in getattr(item, "fixturenames", ()):
@@ -52,7 +53,9 @@ def golden(request: pytest.FixtureRequest) -> Golden:
             return
         assert path.is_file(), f"there is no tests/golden/{name}: run `make golden` and look at what it wrote"
         expected = path.read_text(encoding="utf-8")
-        difference = "\n".join(unified_diff(expected.splitlines(), text.splitlines(), f"golden/{name}", "now", lineterm=""))
+        difference = "\n".join(
+            unified_diff(expected.splitlines(), text.splitlines(), f"golden/{name}", "now", lineterm="")
+        )
         assert text == expected, f"{difference or 'only line ends differ'}\nif this is meant, run `make golden`"
 
     return compare

@@ -109,7 +109,26 @@ def test_special_characters_stand_for_themselves() -> None:
 
 @pytest.mark.parametrize(
     "where",
-    ["", (), "!", "@", "x@", "!!x", "a@b@c", "a b", "{a", "a}", "{a}}", "[", "[]", "[z-a]", "[a.b]", "{9..1}", "x" * 1001, ("ok", "")],
+    [
+        "",
+        (),
+        "!",
+        "@",
+        "x@",
+        "!!x",
+        "a@b@c",
+        "a b",
+        "{a",
+        "a}",
+        "{a}}",
+        "[",
+        "[]",
+        "[z-a]",
+        "[a.b]",
+        "{9..1}",
+        "x" * 1001,
+        ("ok", ""),
+    ],
 )
 def test_malformed_patterns_are_refused(where: str | tuple[str, ...]) -> None:
     assert code_of(where) == "SPARC213"
@@ -189,7 +208,10 @@ def test_levels_are_ordered() -> None:
 
 
 @given(
-    st.lists(st.sampled_from(["*", "@linear", "@embedding", "head", "*.mlp", "model.layers.{0..9}", "!head", "!@embedding"]), max_size=6),
+    st.lists(
+        st.sampled_from(["*", "@linear", "@embedding", "head", "*.mlp", "model.layers.{0..9}", "!head", "!@embedding"]),
+        max_size=6,
+    ),
     st.lists(st.sampled_from(["round", "prune"]), min_size=6, max_size=6),
 )
 def test_every_selected_site_is_claimed_exactly_once_for_each_pass(patterns: list[str], passes: list[str]) -> None:
