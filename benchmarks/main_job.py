@@ -2,7 +2,8 @@
 
     python -m benchmarks.main_job minilm efficientnet smollm2 twin compile-time
 
-Each case compiles, checks fidelity on held-out data, times 200 interleaved pairs per contender at 2 threads, prints a table and writes
+Each case compiles, checks fidelity on held-out data, times 200 interleaved pairs per contender at 2 threads, prints
+a table and writes
 `benchmarks/results/CASE.json`.
 """
 
@@ -39,10 +40,16 @@ def size_ratio(artifact: sparc.Artifact, matrices_only: bool = False) -> dict[st
     """File and resident bytes as shares of float32: of the whole model, or of the matrices that multiply."""
     if not matrices_only:
         summary = artifact.ledger.summary
-        return {"file": summary.file_bytes / summary.dense_bytes, "resident": summary.resident_bytes / summary.dense_bytes}
+        return {
+            "file": summary.file_bytes / summary.dense_bytes,
+            "resident": summary.resident_bytes / summary.dense_bytes,
+        }
     rows = [row for row in artifact.ledger.sites if row.operator != "embedding"]
     dense = sum(row.dense_bytes for row in rows)
-    return {"file": sum(row.file_bytes for row in rows) / dense, "resident": sum(row.resident_bytes for row in rows) / dense}
+    return {
+        "file": sum(row.file_bytes for row in rows) / dense,
+        "resident": sum(row.resident_bytes for row in rows) / dense,
+    }
 
 
 def text_inputs(batch: int, length: int) -> dict[str, Tensor]:
@@ -105,7 +112,9 @@ def efficientnet_case(folder: Path) -> dict[str, Any]:
 
 
 def language_model_case(arguments: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """SmolLM2 or its twin: perplexity of `w8` and `w4` against float32, and full-sequence latency against float32 in the same runtime."""
+    """SmolLM2 or its twin: perplexity of `w8` and `w4` against float32, and full-sequence latency against float32 in
+    the same runtime.
+    """
     given = arguments()
     figures: dict[str, Any] = {"float32": {"perplexity": evaluate.perplexity(given["model"])}}
     dense = compile_model(given, "dense")
@@ -117,7 +126,9 @@ def language_model_case(arguments: Callable[[], dict[str, Any]]) -> dict[str, An
             "whole model": size_ratio(artifact),
             "perplexity": perplexity,
             "above float32": perplexity / figures["float32"]["perplexity"] - 1,
-            "latency 1x256": compare(_call(artifact, inputs), {"float32, same runtime": _call(dense, inputs)}, pairs=50),
+            "latency 1x256": compare(
+                _call(artifact, inputs), {"float32, same runtime": _call(dense, inputs)}, pairs=50
+            ),
         }
     return figures
 
@@ -131,7 +142,11 @@ def compile_time_case() -> dict[str, Any]:
     artifact = compile_model(given, "w4")
     seconds = time.perf_counter() - started
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) * 1024
-    return {"seconds": seconds, "peak bytes above imports": peak, "times the weights": peak / artifact.ledger.summary.dense_bytes}
+    return {
+        "seconds": seconds,
+        "peak bytes above imports": peak,
+        "times the weights": peak / artifact.ledger.summary.dense_bytes,
+    }
 
 
 def _call(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Thunk:

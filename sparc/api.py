@@ -22,7 +22,7 @@ from sparc.registry import Registry
 from sparc.samples import Data, make_samples
 from sparc.selector import assign
 from sparc.signature import bind_examples
-from sparc.target import EmitContext, Emission, Target
+from sparc.target import Emission, EmitContext, Target
 
 RecipeLike = str | Path | Recipe | Iterable[Pass | Step]
 
@@ -70,7 +70,8 @@ def compile(
         recipe: a registered name (`w8`, `w4`, `w8a8`, ...), a TOML file, a Recipe, or passes in order.
         target: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`, `reference`.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`.
-        data: inputs for calibration and measuring, or a function that returns them; every fourth one is held out from calibration.
+        data: inputs for calibration and measuring, or a function that returns them; every fourth one is held out
+            from calibration.
         metric: called with the artifact; False stops the compile, a number is reported.
         verify: `types`, `sample` or `full`.
         options: options of the target, such as `opset`.
@@ -132,7 +133,9 @@ def load(folder: str | Path) -> Artifact:
 def check_verify(verify: str) -> None:
     """Raises PassError SPARC209 for a level that does not exist."""
     if verify not in VERIFY_LEVELS:
-        raise PassError(codes.BAD_OPTION, f"verify={verify!r} does not exist", hint=f"one of {', '.join(VERIFY_LEVELS)}")
+        raise PassError(
+            codes.BAD_OPTION, f"verify={verify!r} does not exist", hint=f"one of {', '.join(VERIFY_LEVELS)}"
+        )
 
 
 def legalized(recipe: Recipe, target: Target, known: Registry) -> Recipe:
@@ -157,7 +160,9 @@ def run_steps(driver: Driver, recipe: Recipe) -> Program:
     return baseline
 
 
-def _capture(model: nn.Module | ExportedProgram, examples: Any, dynamic: Dynamic | None, diagnostics: Diagnostics) -> Program:
+def _capture(
+    model: nn.Module | ExportedProgram, examples: Any, dynamic: Dynamic | None, diagnostics: Diagnostics
+) -> Program:
     if isinstance(model, ExportedProgram):
         return capture_exported(model, diagnostics=diagnostics)
     return capture(model, examples, dynamic=dynamic, diagnostics=diagnostics)
@@ -171,11 +176,18 @@ def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, s
 
 
 def _measure(
-    artifact: Artifact, model: nn.Module | ExportedProgram, examples: Any, place: Target, baseline: Program, context: EmitContext
+    artifact: Artifact,
+    model: nn.Module | ExportedProgram,
+    examples: Any,
+    place: Target,
+    baseline: Program,
+    context: EmitContext,
 ) -> None:
     dense: Emission = place.emit(baseline, EmitContext(Diagnostics(), context.options, context.lowerings))
     entry = next(iter(artifact.program.entries))
     module = model if isinstance(model, nn.Module) else model.module()
     named, _ = bind_examples(module.forward, examples)
     tensors = artifact.program.main.signature.bind((), named)
-    artifact.ledger.summary.latencies = evidence.latencies(artifact.emission.runner(entry), dense.runner(entry), module, named, tensors)
+    artifact.ledger.summary.latencies = evidence.latencies(
+        artifact.emission.runner(entry), dense.runner(entry), module, named, tensors
+    )

@@ -1,7 +1,9 @@
 """Calibration: statistics of activations, gathered block by block behind the blocks that were already compressed.
 
-For each block in order: run it on every batch and observe; let the passes change it; run it again and keep only the values that later
-blocks read. So statistics always see the errors that deployment will see, and memory holds one block's boundary, not the model's
+For each block in order: run it on every batch and observe; let the passes change it; run it again and keep only the
+values that later
+blocks read. So statistics always see the errors that deployment will see, and memory holds one block's boundary, not
+the model's
 activations. (The scheme of SparseGPT and GPTQ.)
 """
 
@@ -24,7 +26,8 @@ class Calibration:
     """Streams batches through a program, one block at a time.
 
     Args:
-        program: the program that passes edit meanwhile; nodes they insert belong to the block of the node they are like.
+        program: the program that passes edit meanwhile; nodes they insert belong to the block of the node they are
+            like.
         batches: for each entry, flat input tensors.
     """
 
@@ -61,7 +64,9 @@ class Calibration:
         """Run a block as it is now, and keep what later blocks read."""
         self._run(block, {}, {}, keep=True)
 
-    def _run(self, block: int, wanted: Mapping[str, set[str]], observers: dict[tuple[str, str], Observer], *, keep: bool) -> None:
+    def _run(
+        self, block: int, wanted: Mapping[str, set[str]], observers: dict[tuple[str, str], Observer], *, keep: bool
+    ) -> None:
         work = [(name, index) for name, live in self._live.items() for index in range(len(live))]
         for name, index in track(work, f"calibrating block {block + 1} of {len(self.blocks)}"):
             entry = self.program.entries[name]

@@ -23,15 +23,18 @@ class Code:
 CAPTURE_FAILED = Code(
     "SPARC101",
     "the model could not be captured",
-    "torch.export could not turn the model into one graph. The line named is the last one of the model that was running: "
-    "typical causes are Python control flow on tensor values, calls into libraries that are not torch, and data-dependent "
+    "torch.export could not turn the model into one graph. The line named is the last one of the model that was "
+    "running: "
+    "typical causes are Python control flow on tensor values, calls into libraries that are not torch, and "
+    "data-dependent "
     "shapes.",
     "rewrite the named line with torch operators that do not read tensor values in Python",
 )
 INPUTS_MISSING = Code(
     "SPARC102",
     "example inputs are missing or do not fit the model's forward()",
-    "compile() needs one example of every input that forward() requires, as a tuple (positional) or a mapping (by name).",
+    "compile() needs one example of every input that forward() requires, as a tuple (positional) or a mapping (by "
+    "name).",
     "pass example_inputs with the names that forward() declares",
 )
 MODEL_CALL_FAILED = Code(
@@ -43,14 +46,16 @@ MODEL_CALL_FAILED = Code(
 DYNAMIC_DIMENSION = Code(
     "SPARC104",
     "a dynamic dimension does not exist or cannot vary",
-    "dynamic= names an input or a dimension that does not exist, or the model computes something that fixes the dimension to "
+    "dynamic= names an input or a dimension that does not exist, or the model computes something that fixes the "
+    "dimension to "
     "the example's size.",
     "remove the dimension from dynamic=, or change the model's line that fixes it",
 )
 UNSUPPORTED_STATE = Code(
     "SPARC105",
     "the model changes its own state",
-    "The captured graph writes to a buffer or an input. sparc programs are pure: state must be an explicit input and output.",
+    "The captured graph writes to a buffer or an input. sparc programs are pure: state must be an explicit input "
+    "and output.",
     "make the state an input and an output of forward(), or call model.eval()",
 )
 BAD_WEIGHT = Code(
@@ -80,14 +85,16 @@ OUTPUT_STRUCTURE = Code(
 LOAD_FAILED = Code(
     "SPARC110",
     "the model named on the command line could not be loaded",
-    "PATH_OR_IMPORT is a function pkg.mod:fn that returns compile's arguments, a Hugging Face folder, or a .pt2 file with "
+    "PATH_OR_IMPORT is a function pkg.mod:fn that returns compile's arguments, a Hugging Face folder, or a .pt2 "
+    "file with "
     "--trust.",
     "check the path or the import name",
 )
 UNSUPPORTED_OPERATOR = Code(
     "SPARC111",
     "the captured graph contains an operator that programs cannot hold",
-    "Control flow operators (cond, while_loop, scan) and operators on devices other than the CPU's are not supported yet.",
+    "Control flow operators (cond, while_loop, scan) and operators on devices other than the CPU's are not "
+    "supported yet.",
     "replace the named line with ordinary tensor operators",
 )
 
@@ -107,14 +114,16 @@ BAD_RECIPE = Code(
 ILLEGAL_ORDER = Code(
     "SPARC203",
     "the recipe's steps are in an illegal order",
-    "Steps run in the order canonicalise, fold, coalesce, structural cuts, rotate, equalise, low rank, masks, round, quantize "
+    "Steps run in the order canonicalise, fold, coalesce, structural cuts, rotate, equalise, low rank, masks, "
+    "round, quantize "
     "activations, correct, encode, cast: a later kind would undo or invalidate what an earlier one decided.",
     "reorder the steps",
 )
 SELECTOR_MATCHES_NOTHING = Code(
     "SPARC204",
     "a selector matches nothing",
-    "where= is a glob over the module paths of weights, or @type for an operator type. It matched no site of this model.",
+    "where= is a glob over the module paths of weights, or @type for an operator type. It matched no site of this "
+    "model.",
     "compare it with the names in `sparc inspect`",
 )
 NOT_MATCHED = Code(
@@ -125,7 +134,8 @@ NOT_MATCHED = Code(
 GRID_DROPPED = Code(
     "SPARC206",
     "a weight's grid was dropped",
-    "The weight was written by a pass that does not keep its rounding grid, so it must be rounded again before it can be encoded.",
+    "The weight was written by a pass that does not keep its rounding grid, so it must be rounded again before it "
+    "can be encoded.",
     "put the pass before round in the recipe",
 )
 PASS_FAILED = Code(
@@ -155,20 +165,23 @@ DUPLICATE_EXTENSION = Code(
 SYNTHETIC_DATA = Code(
     "SPARC211",
     "checks ran on synthetic inputs",
-    "No data= was given, so measurements use seeded random inputs of the example's shapes. They bound nothing about real data.",
+    "No data= was given, so measurements use seeded random inputs of the example's shapes. They bound nothing "
+    "about real data.",
     "pass data= for figures that mean something",
 )
 EXTENSION_BROKEN = Code(
     "SPARC212",
     "an installed extension could not be loaded",
-    "Its entry point in the group sparc.extensions raised an error, or what it returned is no valid Extension. Everything else works; "
+    "Its entry point in the group sparc.extensions raised an error, or what it returned is no valid Extension. "
+    "Everything else works; "
     "what the extension registers is missing.",
     "upgrade or uninstall the distribution named, or report it to its author",
 )
 BAD_SELECTOR = Code(
     "SPARC213",
     "a selector is malformed",
-    "where= is one pattern or several: globs over the names of modules and weights, @type for an operator type, ! to exclude.",
+    "where= is one pattern or several: globs over the names of modules and weights, @type for an operator type, ! "
+    "to exclude.",
     "see the selectors in docs/recipes.md",
 )
 
@@ -220,7 +233,8 @@ PARITY_FAILED = Code(
 DENSE_FALLBACK = Code(
     "SPARC403",
     "a compressed weight runs as a dense operator",
-    "The target has no operator for this encoding. The weight is decoded at load or in the graph; storage is reported as it is.",
+    "The target has no operator for this encoding. The weight is decoded at load or in the graph; storage is "
+    "reported as it is.",
 )
 CHECKER_FAILED = Code(
     "SPARC404",
@@ -248,7 +262,9 @@ UNSUPPORTED_OPSET = Code(
 )
 
 # 5xx: artifacts -----------------------------------------------------------------------------------------------------
-ARTIFACT_MISSING_FILE = Code("SPARC501", "a file of the artifact is missing", "The folder is incomplete.", "copy it again")
+ARTIFACT_MISSING_FILE = Code(
+    "SPARC501", "a file of the artifact is missing", "The folder is incomplete.", "copy it again"
+)
 ARTIFACT_ALTERED = Code(
     "SPARC502",
     "a file of the artifact was altered or truncated",

@@ -51,7 +51,8 @@ class Driver:
         """Run one pass on a clone, check it, and make the clone the current program.
 
         Raises:
-            VerifyError: SPARC301 or SPARC304 when the pass breaks its contract; the text around the guilty match is in the error.
+            VerifyError: SPARC301 or SPARC304 when the pass breaks its contract; the text around the guilty match is
+                in the error.
             PassError: SPARC207 when the pass itself fails, SPARC208 when it needs data and there is none.
         """
         started = time.perf_counter()
@@ -71,7 +72,7 @@ class Driver:
         self.ledger.passes.append(row)
         return row
 
-    # running ----------------------------------------------------------------------------------------------------------
+    # running --------------------------------------------------------------------------------------------------------
     def _edit(self, step: Pass, program: Program, claims: Claims | None, limit: int | None = None) -> PassContext:
         context = PassContext(self.diagnostics, claims=claims, limit=limit)
         try:
@@ -82,7 +83,9 @@ class Driver:
         except SparcError:
             raise
         except Exception as error:  # a pass may be anybody's code
-            raise PassError(codes.PASS_FAILED, f"pass {step.name!r} raised {type(error).__name__}", why=str(error)[:300]) from error
+            raise PassError(
+                codes.PASS_FAILED, f"pass {step.name!r} raised {type(error).__name__}", why=str(error)[:300]
+            ) from error
         program.sweep()
         return context
 
@@ -99,7 +102,7 @@ class Driver:
             calibration.advance(block)
         context.block = None
 
-    # checking ---------------------------------------------------------------------------------------------------------
+    # checking -------------------------------------------------------------------------------------------------------
     def _check(self, step: Pass, before: Program, after: Program, context: PassContext) -> dict[str, float]:
         contract = step.contract
         if isinstance(contract, Approximate):
@@ -131,11 +134,19 @@ class Driver:
             for rewrite in ours:
                 check = check_region(rewrite, values)
                 if isinstance(contract, Exact) and check.native != 0:
-                    raise broken(step, rewrite, f"the region is not bitwise equal (relative difference {check.native:.3g})")
+                    raise broken(
+                        step, rewrite, f"the region is not bitwise equal (relative difference {check.native:.3g})"
+                    )
                 if check.wide > WIDE_TOLERANCE:
-                    raise broken(step, rewrite, f"the region differs by {check.wide:.3g} in float64, more than {WIDE_TOLERANCE:g}")
+                    raise broken(
+                        step,
+                        rewrite,
+                        f"the region differs by {check.wide:.3g} in float64, more than {WIDE_TOLERANCE:g}",
+                    )
                 if isinstance(contract, Bounded) and check.native > contract.rtol:
-                    raise broken(step, rewrite, f"the region differs by {check.native:.3g}, more than {contract.rtol:g}")
+                    raise broken(
+                        step, rewrite, f"the region differs by {check.native:.3g}, more than {contract.rtol:g}"
+                    )
                 wide, native = max(wide, check.wide), max(native, check.native)
         return {"regions checked": float(len(chosen)), "region, float64": wide, "region": native} if chosen else {}
 
@@ -144,12 +155,18 @@ class Driver:
         for entry, batches in self.samples.held_out.items():
             for tensors in batches[:1]:
                 pair = [program.run_flat(tensors, entry=entry, wide=True) for program in (before, after)]
-                worst = max(worst, *(relative_error(a, b) for a, b in zip(*pair, strict=True) if isinstance(a, Tensor)), 0.0)
+                worst = max(
+                    worst, *(relative_error(a, b) for a, b in zip(*pair, strict=True) if isinstance(a, Tensor)), 0.0
+                )
         if worst > 1e-6:
-            raise VerifyError(codes.CONTRACT_BROKEN, f"pass {step.name!r} changed the program", why=f"by {worst:.3g} in float64")
+            raise VerifyError(
+                codes.CONTRACT_BROKEN, f"pass {step.name!r} changed the program", why=f"by {worst:.3g} in float64"
+            )
         return worst
 
-    def _check_approximate(self, step: Pass, contract: Approximate, before: Program, after: Program) -> dict[str, float]:
+    def _check_approximate(
+        self, step: Pass, contract: Approximate, before: Program, after: Program
+    ) -> dict[str, float]:
         samples = {entry: batches[:2] for entry, batches in self.samples.held_out.items()}
         measures = measure_sites(before, after, samples, contract.metric)
         restored = 0
@@ -192,9 +209,11 @@ class Driver:
         context = self._edit(step, before.clone(), None, limit=bad)
         if context.rewrites:
             raise broken(step, context.rewrites[-1], why, f"edit {bad} of {edits}")
-        raise VerifyError(codes.CONTRACT_BROKEN, f"pass {step.name!r} broke its contract at edit {bad} of {edits}", why=why)
+        raise VerifyError(
+            codes.CONTRACT_BROKEN, f"pass {step.name!r} broke its contract at edit {bad} of {edits}", why=why
+        )
 
-    # outputs ----------------------------------------------------------------------------------------------------------
+    # outputs --------------------------------------------------------------------------------------------------------
     def outputs(self, program: Program) -> dict[str, list[Any]]:
         """The program's outputs on the held-out samples; those of the current program are kept between passes."""
         if program is not self.program:
@@ -204,7 +223,10 @@ class Driver:
         return self._outputs
 
     def _run_all(self, program: Program) -> dict[str, list[Any]]:
-        return {entry: [program.run_flat(tensors, entry=entry) for tensors in batches[:2]] for entry, batches in self.samples.held_out.items()}
+        return {
+            entry: [program.run_flat(tensors, entry=entry) for tensors in batches[:2]]
+            for entry, batches in self.samples.held_out.items()
+        }
 
     def _note_dropped_grids(self, before: Program, after: Program, step: Pass) -> None:
         for name in after.weights:
@@ -235,14 +257,22 @@ def count_changes(before: Program, after: Program) -> int:
         changed += sum(old.get(key) != value for key, value in new.items()) + sum(key not in new for key in old)
     names = set(before.weights) | set(after.weights)
     changed += sum(
-        name not in before.weights or name not in after.weights or before.weights.record(name) != after.weights.record(name) for name in names
+        name not in before.weights
+        or name not in after.weights
+        or before.weights.record(name) != after.weights.record(name)
+        for name in names
     )
     return changed
 
 
 def fingerprint(node: fx.Node) -> tuple[Any, ...]:
     """What a node computes, by the names of its inputs."""
-    return (node.op, str(node.target), fx.node.map_arg(node.args, lambda used: used.name), fx.node.map_arg(dict(node.kwargs), lambda used: used.name))
+    return (
+        node.op,
+        str(node.target),
+        fx.node.map_arg(node.args, lambda used: used.name),
+        fx.node.map_arg(dict(node.kwargs), lambda used: used.name),
+    )
 
 
 def check_types(step: Pass, before: Program, after: Program) -> None:
@@ -255,11 +285,17 @@ def check_types(step: Pass, before: Program, after: Program) -> None:
         try:
             entry.graph.lint()
         except RuntimeError as error:
-            raise VerifyError(codes.TYPES_CHANGED, f"pass {step.name!r} left a malformed graph", why=str(error)[:300]) from None
+            raise VerifyError(
+                codes.TYPES_CHANGED, f"pass {step.name!r} left a malformed graph", why=str(error)[:300]
+            ) from None
         for old, new in zip(before.entries[name].output.args[0], entry.output.args[0], strict=True):  # type: ignore[arg-type]
             types = [(value.meta["val"].dtype, tuple(map(str, value.meta["val"].shape))) for value in (old, new)]  # type: ignore[union-attr]
             if types[0] != types[1]:
-                raise VerifyError(codes.TYPES_CHANGED, f"pass {step.name!r} changed an output's type", why=f"{types[0]} became {types[1]}")
+                raise VerifyError(
+                    codes.TYPES_CHANGED,
+                    f"pass {step.name!r} changed an output's type",
+                    why=f"{types[0]} became {types[1]}",
+                )
 
 
 def broken(step: Pass, rewrite: Rewrite, why: str, which: str = "a match") -> VerifyError:
@@ -274,7 +310,11 @@ def broken(step: Pass, rewrite: Rewrite, why: str, which: str = "a match") -> Ve
 
 
 def _region_text(graph: fx.Graph) -> list[str]:
-    return [f"{node.name} = {getattr(node.target, '_opname', node.target)}{tuple(node.args)}" for node in graph.nodes if node.op == "call_function"]
+    return [
+        f"{node.name} = {getattr(node.target, '_opname', node.target)}{tuple(node.args)}"
+        for node in graph.nodes
+        if node.op == "call_function"
+    ]
 
 
 def restore_site(before: Program, after: Program, entry: str, name: str) -> fx.Node:
@@ -293,4 +333,3 @@ def restore_site(before: Program, after: Program, entry: str, name: str) -> fx.N
     node.args = fx.node.map_arg(old.args, translate)
     node.kwargs = fx.node.map_arg(old.kwargs, translate)
     return node
-

@@ -18,7 +18,9 @@ from sparc.target import Emission, Runner
 from sparc.verify import measure_sites, output_errors
 
 
-def site_rows(baseline: Program, program: Program, emission: Emission, samples: Samples, why: Mapping[str, str]) -> list[SiteRow]:
+def site_rows(
+    baseline: Program, program: Program, emission: Emission, samples: Samples, why: Mapping[str, str]
+) -> list[SiteRow]:
     """One row for every compressible weight of `baseline`, in its order.
 
     Args:
@@ -58,7 +60,11 @@ def activation_spec(site: Site | None) -> str:
         value = stack.pop()
         if is_decode(value):
             specs.append(str(value.args[1]))
-        elif isinstance(value, fx.Node) and value.target is torch.ops.aten.add.Tensor and any(map(is_decode, value.all_input_nodes)):
+        elif (
+            isinstance(value, fx.Node)
+            and value.target is torch.ops.aten.add.Tensor
+            and any(map(is_decode, value.all_input_nodes))
+        ):
             stack.extend(value.all_input_nodes)
     return "+".join(specs)
 
@@ -102,10 +108,14 @@ def summarize(
     actual = run_all(runner, batches)
     names = program.main.signature.output_names
     stored = sum(stored.tensor.nbytes for stored in emission.stored)
-    resident = stored + sum(kernel.resident_bytes for kernel in emission.kernels.values()) - _carried_bytes(program, emission)
+    resident = (
+        stored + sum(kernel.resident_bytes for kernel in emission.kernels.values()) - _carried_bytes(program, emission)
+    )
     summary = Summary(target, "synthetic" if samples.synthetic else "held out", dense_bytes, stored, resident)
     summary.errors = output_errors(names, expected, actual)
-    lowered = output_errors(names, run_all(lambda tensors: program.run_flat(list(tensors), entry=entry), batches[:1]), actual[:1])
+    lowered = output_errors(
+        names, run_all(lambda tensors: program.run_flat(list(tensors), entry=entry), batches[:1]), actual[:1]
+    )
     summary.parity = {name: figures["relative error"] for name, figures in lowered.items()}
     return summary
 
@@ -117,12 +127,22 @@ def _carried_bytes(program: Program, emission: Emission) -> int:
 
 
 def latencies(
-    runner: Runner, dense: Runner | None, model: nn.Module | None, example: Mapping[str, Any], tensors: list[Tensor], *, budget: float = 6.0
+    runner: Runner,
+    dense: Runner | None,
+    model: nn.Module | None,
+    example: Mapping[str, Any],
+    tensors: list[Tensor],
+    *,
+    budget: float = 6.0,
 ) -> list[Ratio]:
-    """The artifact's time against the uncompressed model in the same runtime, and against eager torch, at the example's shapes."""
+    """The artifact's time against the uncompressed model in the same runtime, and against eager torch, at the
+    example's shapes.
+    """
     found = []
     if dense is not None:
-        found.append(paired_ratio(lambda: runner(tensors), lambda: dense(tensors), "uncompressed, same runtime", budget=budget))
+        found.append(
+            paired_ratio(lambda: runner(tensors), lambda: dense(tensors), "uncompressed, same runtime", budget=budget)
+        )
     if model is not None:
         with torch.no_grad():
             found.append(paired_ratio(lambda: runner(tensors), lambda: model(**example), "eager torch", budget=budget))

@@ -24,7 +24,9 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def widen(value: Any) -> Any:
-    """The value in float64 where it is a floating tensor or names a floating dtype; complex and integer values unchanged."""
+    """The value in float64 where it is a floating tensor or names a floating dtype; complex and integer values
+    unchanged.
+    """
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, torch.dtype) and value.is_floating_point:
@@ -82,7 +84,8 @@ def execute(
         weights: tensors by the names that `get_attr` nodes use.
         inputs: one value per placeholder, in order.
         wide: compute in float64: weights, inputs and every cast to a floating dtype.
-        watch: called with each node, its value as soon as it is computed, and the values alive then (its arguments among them); what
+        watch: called with each node, its value as soon as it is computed, and the values alive then (its arguments
+            among them); what
             it returns, when not None, replaces the value.
         grad: record gradients.
     """

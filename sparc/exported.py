@@ -1,4 +1,6 @@
-"""Programs from torch's own exported programs (`.pt2`): the export is done, only its calling convention must be read."""
+"""Programs from torch's own exported programs (`.pt2`): the export is done, only its calling convention must be
+read.
+"""
 
 from typing import Any
 
@@ -12,7 +14,9 @@ from sparc.program import Program
 from sparc.signature import Frozen, Leaf, Signature, Structure
 
 
-def capture_exported(exported: ExportedProgram, *, entry: str = "forward", diagnostics: Diagnostics | None = None) -> Program:
+def capture_exported(
+    exported: ExportedProgram, *, entry: str = "forward", diagnostics: Diagnostics | None = None
+) -> Program:
     """A Program from an exported program; its dynamic dimensions keep torch's names.
 
     Args:
@@ -45,7 +49,7 @@ def capture_exported(exported: ExportedProgram, *, entry: str = "forward", diagn
 
 
 def _own_name(placeholder: str, path: str) -> str:
-    """torch names a nested input's first leaf `past_0_key`; without the path in it that is `past`."""
+    """Torch names a nested input's first leaf `past_0_key`; without the path in it that is `past`."""
     return placeholder.removesuffix("_" + path.replace(".", "_")) if path else placeholder
 
 

@@ -1,4 +1,6 @@
-"""The ledger: plain records of what every pass did and what became of every compressed site. `sparc.report` shows them."""
+"""The ledger: plain records of what every pass did and what became of every compressed site. `sparc.report` shows
+them.
+"""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,7 +25,8 @@ class PassRow:
         matches: rewrites made or sites changed.
         changed: graph nodes and weights that differ afterwards.
         skips: candidates it left alone, and why.
-        measured: what the check found, one figure a name (`{"max relative error": 3e-7}`); empty when there was nothing to check.
+        measured: what the check found, one figure a name (`{"max relative error": 3e-7}`); empty when there was
+            nothing to check.
         bytes_before: bytes of all weights before.
         bytes_after: and after.
         seconds: wall time of pass and check; left out of everything that must be reproducible.
@@ -52,7 +55,8 @@ class SiteRow:
         operator: `linear`, `conv`, `embedding`, ...
         encoding: the spec it is stored in; `dense` when it was not compressed.
         activation: the spec its input is quantized to; empty when it is not.
-        snr_db: signal-to-noise ratio of the site's output against the uncompressed weight's, in decibels; None when unchanged.
+        snr_db: signal-to-noise ratio of the site's output against the uncompressed weight's, in decibels; None when
+            unchanged.
         dense_bytes: bytes of the original weight.
         file_bytes: bytes in the artifact's files.
         resident_bytes: bytes the runtime keeps in memory for it.

@@ -83,7 +83,8 @@ class Moments(Observer):
 class Histogram(Observer):
     """`histogram`: counts in equal bins over the range seen so far; `(counts, low, high)`.
 
-    When a batch leaves the range, the range is doubled towards it until it fits, so that old bins fall exactly into new ones.
+    When a batch leaves the range, the range is doubled towards it until it fits, so that old bins fall exactly into
+    new ones.
     """
 
     counts: Tensor | None = None
@@ -164,6 +165,8 @@ KINDS: dict[str, type[Observer]] = {
 
 
 def observer(kind: str) -> Observer:
-    """An observer by its kind: a name of `KINDS`, with the channel axis after a colon when it is not the last: `moments:1`."""
+    """An observer by its kind: a name of `KINDS`, with the channel axis after a colon when it is not the last:
+    `moments:1`.
+    """
     name, _, axis = kind.partition(":")
     return KINDS[name](int(axis or -1))

@@ -38,7 +38,9 @@ def make_samples(program: Program, examples: Any, data: Data, diagnostics: Diagn
     items = collect(data() if callable(data) else data, "reading data", _LIMIT)
     bound = [bind(program, item) for item in items]
     if not bound:
-        raise CaptureError(codes.INPUTS_MISSING, "data= is empty", hint="give at least one input, better sixteen or more")
+        raise CaptureError(
+            codes.INPUTS_MISSING, "data= is empty", hint="give at least one input, better sixteen or more"
+        )
     held_out = bound[_HELD_OUT_SHARE - 1 :: _HELD_OUT_SHARE] or [example]
     calibration = [item for index, item in enumerate(bound) if index % _HELD_OUT_SHARE != _HELD_OUT_SHARE - 1]
     return Samples({entry: held_out}, {entry: calibration or bound}, synthetic=False)
@@ -57,11 +59,15 @@ def bind(program: Program, item: Any) -> list[Tensor]:
             return signature.bind((), known)
         return signature.bind(item if isinstance(item, (tuple, list)) else (item,), {})
     except Exception as error:  # ArtifactError of a mismatch, or whatever an odd item raises
-        raise CaptureError(codes.INPUTS_MISSING, "an input of data= does not fit the model", why=str(error).splitlines()[0]) from None
+        raise CaptureError(
+            codes.INPUTS_MISSING, "an input of data= does not fit the model", why=str(error).splitlines()[0]
+        ) from None
 
 
 def vary(tensors: list[Tensor], seed: int) -> list[Tensor]:
-    """A seeded variation: floats become normal numbers of the same mean and spread, integers of many values are shuffled, flags stay."""
+    """A seeded variation: floats become normal numbers of the same mean and spread, integers of many values are
+    shuffled, flags stay.
+    """
     generator = torch.Generator().manual_seed(seed)
     varied = []
     for tensor in tensors:

@@ -19,8 +19,10 @@ Frozen = bool | int | float | str | None
 class Structure:
     """A nested container, described so that it can be written to JSON and rebuilt without importing anything.
 
-    `kind` is `leaf`, `tuple`, `list`, `dict` or `class`; `keys` name the children of a `dict` or `class`; `type_name` is the name
-    under which torch's pytree registered a class. A class that is not registered in this process is rebuilt as a mapping.
+    `kind` is `leaf`, `tuple`, `list`, `dict` or `class`; `keys` name the children of a `dict` or `class`;
+    `type_name` is the name
+    under which torch's pytree registered a class. A class that is not registered in this process is rebuilt as a
+    mapping.
     """
 
     kind: str = "leaf"
@@ -239,9 +241,15 @@ def bind_examples(forward: Callable[..., Any], examples: Any) -> tuple[dict[str,
     if isinstance(examples, Tensor):
         examples = (examples,)
     if not isinstance(examples, (tuple, list, Mapping)) or not examples:
-        raise CaptureError(codes.INPUTS_MISSING, "example_inputs must be a non-empty tuple or mapping", why=f"got {type(examples).__name__}")
+        raise CaptureError(
+            codes.INPUTS_MISSING,
+            "example_inputs must be a non-empty tuple or mapping",
+            why=f"got {type(examples).__name__}",
+        )
     signature = inspect.signature(forward)
-    positional = tuple(p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    positional = tuple(
+        p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
     try:
         bound = signature.bind(**examples) if isinstance(examples, Mapping) else signature.bind(*examples)
     except TypeError as error:
@@ -272,7 +280,8 @@ def describe_inputs(named: Mapping[str, Any]) -> tuple[tuple[Structure, ...], tu
     """The structure of every named input and its flat leaves.
 
     Raises:
-        CaptureError: SPARC102 for a leaf that is neither a tensor nor a plain value, or a tensor that is sparse or quantized.
+        CaptureError: SPARC102 for a leaf that is neither a tensor nor a plain value, or a tensor that is sparse or
+            quantized.
     """
     structures, leaves = [], []
     for name, value in named.items():
@@ -287,8 +296,12 @@ def describe_inputs(named: Mapping[str, Any]) -> tuple[tuple[Structure, ...], tu
 def _leaf(path: str, item: Any) -> Leaf:
     if isinstance(item, Tensor):
         if item.layout != torch.strided or item.is_quantized:
-            raise CaptureError(codes.INPUTS_MISSING, f"input {path!r} is not an ordinary dense tensor", why=str(item.layout))
+            raise CaptureError(
+                codes.INPUTS_MISSING, f"input {path!r} is not an ordinary dense tensor", why=str(item.layout)
+            )
         return Leaf(path)
     if item is None or isinstance(item, (bool, int, float, str)):
         return Leaf(path, False, item)
-    raise CaptureError(codes.INPUTS_MISSING, f"input {path!r} is neither a tensor nor a plain value", why=type(item).__name__)
+    raise CaptureError(
+        codes.INPUTS_MISSING, f"input {path!r} is neither a tensor nor a plain value", why=type(item).__name__
+    )

@@ -9,7 +9,8 @@ from torch._ops import OpOverload
 from sparc.program import Entry, Program
 
 _DTYPES = {
-    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32",
     torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
 }  # fmt: skip
 
@@ -62,7 +63,9 @@ def node_text(node: fx.Node, entry: Entry, labels: dict[fx.Node, str] | None = N
     labels = labels or node_labels(entry)
     parts = [_value(arg, labels) for arg in node.args]
     parts += [f"{key}={_value(value, labels)}" for key, value in node.kwargs.items()]
-    return f"{labels[node]} = {operator_name(node.target)}({', '.join(parts)}): {type_text(node.meta.get('val'), entry)}"
+    return (
+        f"{labels[node]} = {operator_name(node.target)}({', '.join(parts)}): {type_text(node.meta.get('val'), entry)}"
+    )
 
 
 def operator_name(target: Any) -> str:

@@ -15,9 +15,11 @@ from sparc.program import Program
 WIDE_TOLERANCE = 1e-9
 
 
-# measures --------------------------------------------------------------------------------------------------------------
+# measures -----------------------------------------------------------------------------------------------------------
 def relative_error(reference: Tensor, other: Tensor) -> float:
-    """`max |other - reference| / max |reference|`; 0 for equal tensors (infinities at the same places are equal), inf for another shape."""
+    """`max |other - reference| / max |reference|`; 0 for equal tensors (infinities at the same places are equal),
+    inf for another shape.
+    """
     if reference.shape != other.shape:
         return math.inf
     if reference.numel() == 0 or torch.equal(reference, other):
@@ -56,7 +58,7 @@ def cosine(reference: Tensor, other: Tensor) -> float:
 METRICS = {"snr_db": snr_db, "cosine": cosine}
 
 
-# regions ---------------------------------------------------------------------------------------------------------------
+# regions ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class RegionCheck:
     """What checking one rewrite found.
@@ -75,7 +77,11 @@ class RegionCheck:
 def shape_class(rewrite: Rewrite) -> tuple[Any, ...]:
     """Equal for rewrites of the same operators on the same types: one of them stands for all."""
     return tuple(
-        (str(node.target) if node.op == "call_function" else node.op, str(getattr(node.meta.get("val"), "shape", "")), str(_literals(node)))
+        (
+            str(node.target) if node.op == "call_function" else node.op,
+            str(getattr(node.meta.get("val"), "shape", "")),
+            str(_literals(node)),
+        )
         for graph in (rewrite.before, rewrite.after)
         for node in graph.nodes
     )
@@ -96,7 +102,9 @@ def check_region(rewrite: Rewrite, values: Mapping[str, Any]) -> RegionCheck:
     """Run a region before and after on the same inputs, in float64 with the unrounded new weights, and natively."""
     inputs = [value_for(node, values) for node in rewrite.before.nodes if node.op == "placeholder"]
     wide_weights = {**{name: rewrite.weights[name] for name in rewrite.weights}, **rewrite.wide}
-    before, after = (execute(graph, WideWeights(wide_weights), inputs, wide=True) for graph in (rewrite.before, rewrite.after))
+    before, after = (
+        execute(graph, WideWeights(wide_weights), inputs, wide=True) for graph in (rewrite.before, rewrite.after)
+    )
     wide = _worst(before, after)
     before, after = (execute(graph, rewrite.weights, inputs) for graph in (rewrite.before, rewrite.after))
     return RegionCheck(rewrite, wide, _worst(before, after))
@@ -104,7 +112,13 @@ def check_region(rewrite: Rewrite, values: Mapping[str, Any]) -> RegionCheck:
 
 def _worst(before: Iterable[Any], after: Iterable[Any]) -> float:
     pairs = zip(before, after, strict=True)
-    return max((relative_error(a, b) if isinstance(a, Tensor) else float(a != b) * math.inf if a != b else 0.0 for a, b in pairs), default=0.0)
+    return max(
+        (
+            relative_error(a, b) if isinstance(a, Tensor) else float(a != b) * math.inf if a != b else 0.0
+            for a, b in pairs
+        ),
+        default=0.0,
+    )
 
 
 def value_for(node: fx.Node, values: Mapping[str, Any]) -> Any:
@@ -136,7 +150,7 @@ def record_values(program: Program, entry: str, inputs: list[Tensor], names: set
     return found
 
 
-# sites -----------------------------------------------------------------------------------------------------------------
+# sites --------------------------------------------------------------------------------------------------------------
 @dataclass
 class SiteMeasure:
     """What an approximate pass did to the value of one node.
@@ -160,7 +174,11 @@ class SiteMeasure:
 def changed_anchors(before: Program, after: Program, entry: str) -> list[fx.Node]:
     """Nodes of `after` that stood in `before` too and now read other weights or newly inserted nodes."""
     old = {node.name: node for node in before.entries[entry].graph.nodes}
-    changed_weights = {name for name in after.weights if name not in before.weights or before.weights.record(name) != after.weights.record(name)}
+    changed_weights = {
+        name
+        for name in after.weights
+        if name not in before.weights or before.weights.record(name) != after.weights.record(name)
+    }
     anchors = []
     for node in after.entries[entry].graph.nodes:
         if node.op != "call_function" or node.name not in old:
@@ -173,8 +191,12 @@ def changed_anchors(before: Program, after: Program, entry: str) -> list[fx.Node
     return anchors
 
 
-def measure_sites(before: Program, after: Program, samples: Mapping[str, Sequence[list[Tensor]]], metric: str) -> list[SiteMeasure]:
-    """Compare, at every node a pass touched, the node's value before and after *on the same inputs* (those of `before`)."""
+def measure_sites(
+    before: Program, after: Program, samples: Mapping[str, Sequence[list[Tensor]]], metric: str
+) -> list[SiteMeasure]:
+    """Compare, at every node a pass touched, the node's value before and after *on the same inputs* (those of
+    `before`).
+    """
     function = METRICS[metric]
     measures: dict[tuple[str, str], SiteMeasure] = {}
     for entry, batches in samples.items():
@@ -182,7 +204,9 @@ def measure_sites(before: Program, after: Program, samples: Mapping[str, Sequenc
         if not anchors:
             continue
 
-        def compare(node: fx.Node, value: Any, env: Values, entry: str = entry, anchors: dict[str, fx.Node] = anchors) -> None:
+        def compare(
+            node: fx.Node, value: Any, env: Values, entry: str = entry, anchors: dict[str, fx.Node] = anchors
+        ) -> None:
             anchor = anchors.get(node.name)
             if anchor is None or not isinstance(value, Tensor) or not value.is_floating_point():
                 return
@@ -216,9 +240,13 @@ def evaluate_new(anchor: fx.Node, known: Mapping[str, Any], weights: Mapping[str
         return value(anchor)
 
 
-# whole programs --------------------------------------------------------------------------------------------------------
-def output_errors(names: Sequence[str], reference: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> dict[str, dict[str, float]]:
-    """For each output: the worst relative error, the mean cosine and the mean signal-to-noise ratio over the samples."""
+# whole programs -----------------------------------------------------------------------------------------------------
+def output_errors(
+    names: Sequence[str], reference: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]
+) -> dict[str, dict[str, float]]:
+    """For each output: the worst relative error, the mean cosine and the mean signal-to-noise ratio over the
+    samples.
+    """
     errors: dict[str, dict[str, float]] = {}
     for index, name in enumerate(names):
         pairs = [(a[index], b[index]) for a, b in zip(reference, other, strict=True)]

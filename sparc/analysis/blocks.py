@@ -9,7 +9,9 @@ _NUMBERED = re.compile(r"^((?:[^.]*[^.\d][^.]*\.)*?)(\d+)(?:\.|$)")
 
 
 def block_container(graph: fx.Graph) -> str:
-    """The path prefix (`encoder.layer.`) of the outermost numbered container with the most nodes; empty when there is none."""
+    """The path prefix (`encoder.layer.`) of the outermost numbered container with the most nodes; empty when there
+    is none.
+    """
     counts: Counter[str] = Counter()
     members: dict[str, set[str]] = {}
     for node in graph.nodes:
@@ -24,7 +26,8 @@ def block_container(graph: fx.Graph) -> str:
 def assign_blocks(graph: fx.Graph) -> int:
     """Number every node's block in `meta["block"]` and return how many blocks there are.
 
-    Block numbers never decrease along an edge: block 0 is what comes before the first repeated block, the last is what comes after.
+    Block numbers never decrease along an edge: block 0 is what comes before the first repeated block, the last is
+    what comes after.
     """
     prefix = block_container(graph)
     numbers: dict[str, int] = {}

@@ -13,7 +13,14 @@ from sparc.program import Program, is_weight, location
 
 aten = torch.ops.aten
 
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
+_CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
 _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
@@ -106,7 +113,11 @@ def _view_at(node: fx.Node, position: int) -> tuple[str, WeightView] | None:
     if target in _CONVOLUTIONS and position == 1:
         return "conv", WeightView("conv")
     if target is aten.convolution.default and position == 1:
-        return ("conv_transposed", WeightView("conv_transposed", node.args[8])) if node.args[6] else ("conv", WeightView("conv"))  # type: ignore[arg-type]
+        return (
+            ("conv_transposed", WeightView("conv_transposed", node.args[8]))
+            if node.args[6]
+            else ("conv", WeightView("conv"))
+        )  # type: ignore[arg-type]
     if target in _TRANSPOSED and position == 1:
         groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
         return "conv_transposed", WeightView("conv_transposed", int(groups))  # type: ignore[arg-type]
@@ -152,7 +163,11 @@ def _site(program: Program, key: str, nodes: list[tuple[str, fx.Node]]) -> Site 
         return None
     where = location(next(iter(nodes[0][1].users), nodes[0][1]))
     if not tensor.is_floating_point():
-        return NotASite(key, f"its dtype is {str(tensor.dtype).removeprefix('torch.')}", where) if key.endswith("weight") else None
+        return (
+            NotASite(key, f"its dtype is {str(tensor.dtype).removeprefix('torch.')}", where)
+            if key.endswith("weight")
+            else None
+        )
     uses = []
     for entry, node in nodes:
         for user in node.users:
