@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sparc import codes, evidence
-from sparc.analysis.sites import find_sites
+from sparc.analysis.sites import Site, find_sites
 from sparc.artifact import Artifact, load_artifact
 from sparc.capture import Dynamic, capture
 from sparc.diag import Diagnostics, PassError
@@ -154,10 +155,14 @@ def run_steps(driver: Driver, recipe: Recipe) -> Program:
     for index, step in enumerate(recipe.steps):
         claimed = assign(recipe.steps, *find_sites(driver.program))[index]
         where = step.where if isinstance(step.where, str) else ", ".join(step.where)
-        driver.run(step.pass_, where, lambda site, claimed=claimed: site.weight in claimed)
+        driver.run(step.pass_, where, partial(_claims, claimed))
         if step.pass_.stage < Stage.MASK:
             baseline = driver.program
     return baseline
+
+
+def _claims(claimed: set[str], site: Site) -> bool:
+    return site.weight in claimed
 
 
 def _capture(

@@ -1,6 +1,6 @@
 """The evidence of a compilation: what became of every site, how far outputs moved, what was gained in size and time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from sparc import codes
 from sparc.analysis.sites import Site, find_sites
-from sparc.diag import Diagnostics, VerifyError
+from sparc.diag import Diagnostic, VerifyError
 from sparc.encoding.operators import is_decode, is_quantize
 from sparc.ledger import Ratio, SiteRow, Summary
 from sparc.measure import paired_ratio
@@ -75,7 +75,8 @@ def stored_bytes(program: Program, site: Site | None, dense: int) -> int:
         return dense
     if not site.encoded:
         return program.weights[site.weight].nbytes if site.weight in program.weights else dense
-    return sum(program.weights[str(part.target)].nbytes for part in site.source.args[0])  # type: ignore[union-attr]
+    parts: Any = site.source.args[0]
+    return int(sum(program.weights[str(part.target)].nbytes for part in parts))
 
 
 def is_activation_quantized(program: Program) -> bool:
@@ -163,7 +164,7 @@ def check_metric(metric: Callable[[Any], Any] | None, artifact: Any) -> float | 
     return float(value)
 
 
-def skip_reasons(diagnostics: Diagnostics) -> dict[str, str]:
+def skip_reasons(diagnostics: Iterable[Diagnostic]) -> dict[str, str]:
     """For each candidate that a pass left alone, the last reason given."""
     return {
         item.what.removesuffix(" was left alone"): item.why

@@ -92,14 +92,19 @@ class EmitContext:
 class Target(Protocol):
     """A place programs are lowered to, spelt `family` or `family:variant` (`onnx:portable`).
 
-    Args:
-        name: how users spell it.
-        legalizations: passes, as (name, options), that the target needs just before weights are encoded, because its operators do more than
-            a recipe says: so the program says it too, and the numbers of the program are the numbers of the target.
+    `legalizations` are passes, as (name, options), that the target needs just before weights are encoded, because its
+    operators do more than a recipe says: so the program says it too, and its numbers are the target's.
     """
 
-    name: str
-    legalizations: Sequence[tuple[str, Mapping[str, Any]]]
+    @property
+    def name(self) -> str:
+        """How users spell it."""
+        ...
+
+    @property
+    def legalizations(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """The passes it needs."""
+        ...
 
     def emit(self, program: Program, context: EmitContext) -> Emission:
         """Lower a program. The program may be used and edited afterwards; the emission shares its tensors.
