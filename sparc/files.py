@@ -32,7 +32,7 @@ class FileRecord:
     sha256: str
 
 
-# writing --------------------------------------------------------------------------------------------------------------
+# writing ------------------------------------------------------------------------------------------------------------
 @contextmanager
 def writing() -> Iterator[None]:
     """Turn an operating system's refusal to write into SPARC505."""
@@ -104,26 +104,36 @@ def new_folder(path: str | Path, may_replace: Callable[[Path], str | None]) -> I
             sync_folder(temporary)
             _swap(temporary, target)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
             for parent in made:
                 with suppress(OSError):
                     parent.rmdir()
             raise
-        sync_folder(target.parent)
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    if not os.path.lexists(target):
-        os.rename(temporary, target)
-        return
+    """Put a folder in place of another; whatever interrupts this before it is on disk is undone."""
     aside = _beside(target, "old")
-    os.rename(target, aside)
     try:
+        if os.path.lexists(target):
+            os.rename(target, aside)
         os.rename(temporary, target)
+        sync_folder(target.parent)
     except BaseException:
-        os.rename(aside, target)
+        if not os.path.lexists(temporary):
+            os.rename(target, temporary)
+        if os.path.lexists(aside):
+            os.rename(aside, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # Ctrl-C: finish, then obey
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -156,7 +166,7 @@ def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-# reading --------------------------------------------------------------------------------------------------------------
+# reading ------------------------------------------------------------------------------------------------------------
 def check_name(name: str) -> None:
     """Refuse a file name that is not a plain name in the folder itself.
 

@@ -31,7 +31,7 @@ MAX_NODES = 500_000
 _META = {"module": "module", "class": "type", "source": "source"}
 
 
-# writing --------------------------------------------------------------------------------------------------------------
+# writing ------------------------------------------------------------------------------------------------------------
 def entry_to_json(entry: Entry) -> dict[str, Any]:
     """An entry as JSON-ready values.
 
@@ -41,8 +41,6 @@ def entry_to_json(entry: Entry) -> dict[str, Any]:
     used: set[sympy.Symbol] = set()
     for node in entry.graph.nodes:
         used |= symbols_of(node.meta.get("val"))
-        for argument in (*node.args, *node.kwargs.values()):
-            used |= symbols_of(argument)
     return {
         "symbols": symbols_to_json(entry.fake_mode.shape_env, used),
         "names": dict(entry.symbols),
@@ -68,7 +66,7 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
     return described
 
 
-# reading --------------------------------------------------------------------------------------------------------------
+# reading ------------------------------------------------------------------------------------------------------------
 def entry_from_json(described: Any, weights: Mapping[str, Tensor], register: Callable[[str], None]) -> Entry:
     """An entry over these weights, its types checked by inferring them again.
 
@@ -88,7 +86,7 @@ def entry_from_json(described: Any, weights: Mapping[str, Tensor], register: Cal
     mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
     entry = Entry(fx.Graph(), signature_from_json(found["signature"]), mode, names)
     nodes: dict[str, fx.Node] = {}
-    arguments = ArgumentReader(nodes, symbols, environment)
+    arguments = ArgumentReader(nodes)
     types = TypeReader(mode, symbols, environment)
     rows = schema.items(found["nodes"], "nodes")
     if len(rows) > MAX_NODES:

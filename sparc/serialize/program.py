@@ -42,7 +42,7 @@ class Described:
     tensors: dict[str, Tensor]
 
 
-# writing --------------------------------------------------------------------------------------------------------------
+# writing ------------------------------------------------------------------------------------------------------------
 def program_to_dict(program: Program, stored: Sequence[StoredTensor] = ()) -> Described:
     """Describe a program whose weights may lie in a target's tensors.
 
@@ -135,7 +135,7 @@ def _dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return expected > 0
 
 
-# reading --------------------------------------------------------------------------------------------------------------
+# reading ------------------------------------------------------------------------------------------------------------
 def program_from_dict(
     described: Any, tensor: Callable[[str], Tensor], parse: Parse
 ) -> tuple[Program, list[StoredTensor]]:
@@ -150,7 +150,7 @@ def program_from_dict(
         ArtifactError: SPARC503 when it is malformed, SPARC507 for another schema version.
         PassError: SPARC201 for an encoding that is not registered.
     """
-    with schema.reading("program.json"):
+    with schema.reading("program.json"), schema.quiet():
         found = schema.fields(described, "program.json", ["version", "entries", "aliases", "weights"])
         if found["version"] != VERSION:
             raise malformed(

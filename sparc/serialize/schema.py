@@ -1,6 +1,8 @@
 """Reading JSON from strangers: bounded, strict about keys, and every fault a SPARC503."""
 
 import json
+import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -39,6 +41,20 @@ def reading(what: str) -> Iterator[None]:
         AssertionError,
     ) as error:
         raise malformed(f"{what} is malformed", f"{type(error).__name__}: {error}"[:300]) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from logging and warning about what is raised anyway."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def to_json(value: Any) -> bytes:

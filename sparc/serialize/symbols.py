@@ -43,7 +43,7 @@ _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 Expression = Any
 
 
-# expressions ----------------------------------------------------------------------------------------------------------
+# expressions --------------------------------------------------------------------------------------------------------
 def expression_to_json(expression: Expression) -> Any:
     """An expression (or a plain number) as JSON.
 
@@ -94,11 +94,16 @@ def expression_from_json(value: Any, symbols: Mapping[str, sympy.Symbol], depth:
         return sympy.Rational(*arguments)
     if found["op"] not in _FUNCTIONS:
         raise malformed(f"unknown function {str(found['op'])[:80]!r} in a size")
-    _bounded_power(found["op"], arguments)
-    return _FUNCTIONS[found["op"]](*arguments)
+    _check_arguments(found["op"], arguments)
+    try:
+        return _FUNCTIONS[found["op"]](*arguments)
+    except Exception as error:  # sympy's functions and torch's check their arguments in many ways
+        raise malformed(f"{found['op']} in a size is impossible", f"{type(error).__name__}: {error}"[:200]) from None
 
 
-def _bounded_power(name: str, arguments: list[Any]) -> None:
+def _check_arguments(name: str, arguments: list[Any]) -> None:
+    if name in ("Add", "Mul", "Pow") and any(argument in (sympy.true, sympy.false) for argument in arguments):
+        raise malformed("a size calculates with truth values")
     if name in ("Pow", "PowByNatural", "FloatPow") and not (arguments[1].is_number and abs(arguments[1]) <= 16):
         raise malformed("an exponent in a size is no small number")
 
@@ -120,7 +125,7 @@ def evaluate(value: Any, symbols: Mapping[str, sympy.Symbol], sizes: Mapping[sym
     return int(result) if result.is_integer else float(result)
 
 
-# symbols --------------------------------------------------------------------------------------------------------------
+# symbols ------------------------------------------------------------------------------------------------------------
 def symbols_to_json(environment: ShapeEnv | None, used: set[sympy.Symbol]) -> dict[str, Any]:
     """Kind, range and example size of every used symbol, by name, in order of name.
 
@@ -181,6 +186,8 @@ def symbols_from_json(described: Any) -> tuple[ShapeEnv, dict[str, sympy.Symbol]
             raise malformed(f"symbol {name!r} is no {each['kind']}")
         symbols[name] = symbol
         low, high = (_limit(bound) for bound in each.get("range", [None, None]))
+        if low is not None and high is not None and low > high:
+            raise malformed(f"symbol {name!r} has an empty range")
         environment.var_to_range[symbol] = ValueRanges(
             -int_oo if low is None else low, int_oo if high is None else high
         )
@@ -211,7 +218,7 @@ def symbolic(value: Any, symbols: Mapping[str, sympy.Symbol], environment: Shape
     hints = _hints(environment)
     known = all(symbol in hints for symbol in expression.free_symbols)
     hint = kind(expression.xreplace(dict(hints))) if known else None
-    wrapper = {int: torch.SymInt, float: torch.SymFloat, bool: torch.SymBool}[kind]
+    wrapper: Any = {int: torch.SymInt, float: torch.SymFloat, bool: torch.SymBool}[kind]
     return wrapper(SymNode(expression, environment, kind, hint))
 
 

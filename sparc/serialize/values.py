@@ -2,8 +2,7 @@
 
 Arguments: null, booleans, integers, finite floats and strings stand for themselves, a list for a list. Everything else
 is an object with one key: `{"node": name}`, `{"float": "inf"}`, `{"dtype": "float32"}`, `{"layout": "strided"}`,
-`{"memory_format": "channels_last"}`, `{"device": "cpu"}`, `{"tuple": [...]}`, `{"complex": [re, im]}`, `{"size":
-expression}`.
+`{"memory_format": "channels_last"}`, `{"device": "cpu"}`, `{"tuple": [...]}`, `{"complex": [re, im]}`.
 
 Types: `{"dtype", "shape", "stride"?}` for a tensor (strides only where it is not contiguous), `{"list": [...]}` for
 several results, `{"size": expression}`, `{"number": expression}`, `{"truth": expression}` for symbolic scalars, null
@@ -45,7 +44,7 @@ _SYMINTS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _SCALARS = {key: kind for key, kind in _SYMBOLIC.values()}
 
 
-# dtypes ---------------------------------------------------------------------------------------------------------------
+# dtypes -------------------------------------------------------------------------------------------------------------
 def dtype_to_text(dtype: torch.dtype) -> str:
     """`float32`."""
     name = str(dtype).removeprefix("torch.")
@@ -61,7 +60,7 @@ def dtype_from_text(name: Any) -> torch.dtype:
     return _DTYPES[name]
 
 
-# arguments ------------------------------------------------------------------------------------------------------------
+# arguments ----------------------------------------------------------------------------------------------------------
 def argument_to_json(value: Any) -> Any:
     """One argument of a node.
 
@@ -86,8 +85,6 @@ def argument_to_json(value: Any) -> Any:
         if value.type != "cpu":
             raise unwritable(f"device {value} cannot be stored")
         return {"device": "cpu"}
-    if isinstance(value, torch.SymInt):
-        return {"size": size_to_json(value)}
     for key, table in _TABLES.items():
         for name, known in table.items():
             if type(value) is type(known) and value == known:
@@ -98,11 +95,9 @@ def argument_to_json(value: Any) -> Any:
 class ArgumentReader:
     """Reads arguments of one graph."""
 
-    def __init__(
-        self, nodes: Mapping[str, fx.Node], symbols: Mapping[str, sympy.Symbol], environment: ShapeEnv
-    ) -> None:
-        """Args: the nodes read so far, by name; the symbols and the environment they live in."""
-        self._nodes, self._symbols, self._environment = nodes, symbols, environment
+    def __init__(self, nodes: Mapping[str, fx.Node]) -> None:
+        """Args: the nodes read so far, by name."""
+        self._nodes = nodes
 
     def read(self, value: Any, depth: int = 0) -> Any:
         """One argument.
@@ -135,8 +130,6 @@ class ArgumentReader:
             return float(value)
         if key == "device" and value == "cpu":
             return torch.device("cpu")
-        if key == "size":
-            return symbolic(value, self._symbols, self._environment)
         if key == "complex":
             real, imaginary = (
                 float.fromhex(schema.text(part, "a number", 64)) for part in schema.items(value, "a complex number")
@@ -147,7 +140,7 @@ class ArgumentReader:
         raise malformed(f"unknown argument {key[:40]!r}: {str(value)[:80]!r}")
 
 
-# types ----------------------------------------------------------------------------------------------------------------
+# types --------------------------------------------------------------------------------------------------------------
 def type_to_json(value: Any) -> Any:
     """The type in a node's `meta["val"]`."""
     if value is None or isinstance(value, (bool, int)):
@@ -239,8 +232,9 @@ def _read_type(value: Any, scalar: Callable[[Any, type], Any], mode: FakeTensorM
     if len(shape) > schema.MAX_RANK or any(isinstance(size, int) and not 0 <= size <= schema.MAX_INT for size in shape):
         raise malformed("a shape is out of bounds")
     dtype = dtype_from_text(found["dtype"])
-    with mode:
-        if "stride" not in found:
-            return torch.empty(shape, dtype=dtype)
-        strides = [scalar(step, int) for step in schema.items(found["stride"], "strides")]
-        return torch.empty_strided(shape, strides, dtype=dtype)
+    strides = [scalar(step, int) for step in schema.items(found.get("stride", []), "strides")]
+    try:
+        with mode:
+            return torch.empty_strided(shape, strides, dtype=dtype) if strides else torch.empty(shape, dtype=dtype)
+    except Exception as error:  # torch refuses impossible types in ways of its own
+        raise malformed("a type is impossible", f"{type(error).__name__}: {error}"[:200]) from None
