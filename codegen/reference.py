@@ -45,6 +45,7 @@ class ReferenceTarget:
     """Eager torch."""
 
     name = "reference"
+    legalizations: Sequence[tuple[str, Mapping[str, Any]]] = ()
     legalizations = ()
 
     def emit(self, program: Program, context: EmitContext) -> ReferenceEmission:
