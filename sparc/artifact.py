@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sparc import codes, files
-from sparc.diag import ArtifactError, Diagnostic, LoweringError
+from sparc.diag import ArtifactError, Diagnostic, LoweringError, SparcError
 from sparc.encoding.base import Encoding
 from sparc.encoding.parse import parse_spec
 from sparc.files import FileRecord
@@ -82,7 +82,7 @@ class Artifact:
         """The program, and whatever code the target generated, as text by file name."""
         return {"program.txt": self.program.text(), **getattr(self.emission, "sources", {})}
 
-    # calling ----------------------------------------------------------------------------------------------------------
+    # calling --------------------------------------------------------------------------------------------------------
     @property
     def threads(self) -> int | None:
         """How many threads the runtime uses; None leaves it to the runtime."""
@@ -126,7 +126,7 @@ class Artifact:
         check(tensors)
         return runner(tensors)
 
-    # saving -----------------------------------------------------------------------------------------------------------
+    # saving ---------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
         """Write the artifact's folder, whole or not at all; an artifact that is there is replaced in one rename.
 
@@ -211,7 +211,7 @@ def _may_replace(folder: Path) -> str | None:
     return f"the folder also holds {foreign[0]!r}" if foreign else None
 
 
-# loading --------------------------------------------------------------------------------------------------------------
+# loading ------------------------------------------------------------------------------------------------------------
 def load_artifact(
     folder: str | Path, encodings: Mapping[str, type[Encoding]], find_target: Callable[[str], Target]
 ) -> Artifact:
@@ -243,7 +243,19 @@ def load_artifact(
     ledger, diagnostics = records_from_dict(read("report.json"), timings)
     own = {name: files.read_file(place, name, _FILE_LIMIT) for name in records if name not in _OWN}
     recipe = files.read_file(place, _RECIPE, _MANIFEST_LIMIT).decode(errors="replace")
-    return Artifact(program, ledger, diagnostics, target.load(program, own, stored), recipe)
+    return Artifact(program, ledger, diagnostics, _load_emission(target, program, own, stored), recipe)
+
+
+def _load_emission(
+    target: Target, program: Program, own: Mapping[str, bytes], stored: Sequence[StoredTensor]
+) -> Emission:
+    try:
+        return target.load(program, own, stored)
+    except SparcError:
+        raise
+    except Exception as error:  # whatever the target's own parser raises
+        why = f"{type(error).__name__}: {error}"[:200]
+        raise malformed(f"the files of target {target.name!r} cannot be read", why) from None
 
 
 def check_folder(folder: Path) -> tuple[str, dict[str, FileRecord]]:

@@ -139,7 +139,8 @@ def _remove(folder: Path) -> None:
 def _make_parents(folder: Path) -> list[Path]:
     """Make a folder and its parents; returns those that were made, innermost first."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    for parent in reversed(missing):
+        parent.mkdir(exist_ok=True)
     return missing
 
 
