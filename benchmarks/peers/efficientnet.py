@@ -13,7 +13,7 @@ from benchmarks.peers.quiet import quiet
 from examples.models import efficientnet
 
 
-class _Crops(CalibrationDataReader):
+class _Crops(CalibrationDataReader):  # type: ignore[misc]
     """Feeds the calibration crops of `examples.models.efficientnet`, batch by batch."""
 
     def __init__(self) -> None:

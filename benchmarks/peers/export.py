@@ -29,9 +29,7 @@ def export(
         opset: the version of the standard operator set.
     """
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter(
-            "ignore"
-        )  # the exporter announces its own retirement; the dynamo one's graphs do not fuse
+        warnings.simplefilter("ignore")  # the exporter announces its own retirement
         torch.onnx.export(
             model,
             tuple(inputs.values()),

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -22,19 +23,19 @@ _AXES = {0: "batch", 1: "seq"}
 class PlainBert(nn.Module):
     """BERT's encoder spelt in elementary operators, as ONNX Runtime's fusions expect it; shares the given weights."""
 
-    def __init__(self, bert: nn.Module) -> None:
+    def __init__(self, bert: Any) -> None:
         super().__init__()
-        self.embeddings = bert.get_submodule("embeddings")
-        self.layers = bert.get_submodule("encoder.layer")
-        config = bert.config
-        self.heads, self.width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        self.embeddings: Any = bert.embeddings
+        self.layers: Any = bert.encoder.layer
+        self.heads: int = bert.config.num_attention_heads
+        self.width: int = bert.config.hidden_size // self.heads
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Map int64 [batch, seq] token ids and mask to float32 hidden states [batch, seq, hidden]."""
         allowed = attention_mask.unsqueeze(1).unsqueeze(2).to(torch.float32)
         mask = (1.0 - allowed) * torch.finfo(torch.float32).min
         positions = self.embeddings.position_ids[:, : input_ids.shape[1]]
-        x = self.embeddings.word_embeddings(input_ids)
+        x: Tensor = self.embeddings.word_embeddings(input_ids)
         x = x + self.embeddings.token_type_embeddings(torch.zeros_like(input_ids))
         x = self.embeddings.LayerNorm(x + self.embeddings.position_embeddings(positions))
         for layer in self.layers:

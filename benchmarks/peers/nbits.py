@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import onnx
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from benchmarks.peers.quiet import quiet
 
@@ -13,10 +14,6 @@ def quantize_matmuls(source: Path, path: Path, bits: int, block: int) -> Path:
     Round-to-nearest in blocks of `block` along the input; accuracy level 4 (the fastest: activations are quantized).
     """
     with quiet():
-        from onnxruntime.quantization.matmul_nbits_quantizer import (
-            MatMulNBitsQuantizer,
-        )  # sets up logging when imported
-
         quantizer = MatMulNBitsQuantizer(
             onnx.load(source), bits=bits, block_size=block, is_symmetric=False, accuracy_level=4
         )

@@ -6,6 +6,7 @@ neither attention nor rotary embedding in torch's exports of a Llama (which have
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -36,7 +37,7 @@ class _Builder:
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: float) -> str:
+    def node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> str:
         """Add a node named after its first output and return that output's name."""
         domain = "com.microsoft" if operator in _CONTRIB else ""
         self.nodes.append(helper.make_node(operator, inputs, outputs, outputs[0], domain=domain, **attributes))
@@ -52,9 +53,8 @@ class _Builder:
         if residual is None:
             return self.node("SimplifiedLayerNormalization", [x, weight], [name], axis=-1, epsilon=_EPSILON), x
         outputs = [name, "", "", f"{name}.sum"]
-        return self.node("SkipSimplifiedLayerNormalization", [x, residual, weight], outputs, epsilon=_EPSILON), outputs[
-            3
-        ]
+        self.node("SkipSimplifiedLayerNormalization", [x, residual, weight], outputs, epsilon=_EPSILON)
+        return outputs[0], outputs[3]
 
 
 def float32(model: FullSequence, folder: Path) -> Path:
@@ -108,7 +108,7 @@ def _attention_inputs(graph: _Builder, model: FullSequence) -> list[str]:
     return ["", "", last, total, cos, sin]
 
 
-def _attention(graph: _Builder, x: str, attention: nn.Module, others: Sequence[str], name: str) -> str:
+def _attention(graph: _Builder, x: str, attention: Any, others: Sequence[str], name: str) -> str:
     parts = [graph.linear(x, attention.get_parameter(f"{p}_proj.weight"), f"{name}.{p}") for p in "qkv"]
     config = attention.config
     attended = graph.node(
