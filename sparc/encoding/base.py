@@ -1,7 +1,7 @@
 """What an encoding is: a way to write a weight matrix with fewer bytes, exactly, once it lies on the encoding's grid.
 
-Encodings see matrices of shape `[batch..., out, reduce]` (see `sparc.encoding.view`). The law every encoding keeps, bitwise:
-`decode(encode(round(w, grid), grid)) == round(w, grid)`.
+Encodings see matrices of shape `[batch..., out, reduce]` (see `sparc.encoding.view`). The law every encoding keeps,
+bitwise: `decode(encode(round(w, grid), grid)) == round(w, grid)`.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +16,7 @@ from torch import Tensor
 from sparc.encoding.grid import Grid
 
 Parts = dict[str, Tensor]
+_MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Encoding(ABC):
 
         Args:
             weight: `[batch..., out, reduce]`, floating.
-            importance: `[reduce]`, the weight of a squared error in each column; uniform by default.
+            importance: the weight of a squared error in each column, `[reduce]`, or of each element, in the matrix's
+                shape; not negative, uniform by default. What has importance 0 does not matter at all, not even for the
+                range covered.
             search: minimise the (weighted) squared rounding error instead of covering the whole range.
         """
 
@@ -60,8 +63,12 @@ class Encoding(ABC):
     def bytes(self, shape: Sequence["int | sympy.Expr"]) -> sympy.Expr:
         """The stored bytes of a matrix of this shape, which may be symbolic."""
 
+    def bytes_on(self, grid: Grid, shape: Sequence["int | sympy.Expr"]) -> sympy.Expr:
+        """The stored bytes of a matrix on one grid: `bytes`, unless it is the grid that says how much is stored."""
+        return self.bytes(shape)
+
     def compose(self, inner: "Encoding") -> "Encoding":
-        """The encoding that a weight on this grid has once it is also rounded to `inner`; by default, `inner` replaces it."""
+        """The encoding of a weight on this grid once it is also rounded to `inner`; by default, `inner` itself."""
         return inner
 
 
@@ -104,8 +111,19 @@ class ElementEncoding(Encoding):
         """Stored bytes of the grid's tensors for a matrix of this shape."""
 
     def round(self, weight: Tensor, grid: Grid) -> Tensor:
-        """The values of the nearest codes."""
-        return self.values(self.codes(weight, grid.tensors), grid.tensors, weight.dtype)
+        """The values of the nearest codes, rounded again until they are stable.
+
+        The first time is enough but where floats are as sparse as the grid (a large minimum, bfloat16 weights): there,
+        the float nearest to a value may be nearer to the next value. Both roundings are monotone, so a few more steps
+        end at a fixed point.
+        """
+        rounded = self.values(self.codes(weight, grid.tensors), grid.tensors, weight.dtype)
+        for _ in range(_MAX_ROUNDS):
+            again = self.values(self.codes(rounded, grid.tensors), grid.tensors, weight.dtype)
+            if torch.equal(again, rounded):
+                break
+            rounded = again
+        return rounded
 
     def encode(self, weight: Tensor, grid: Grid) -> Parts:
         """The packed codes and the grid's tensors."""
@@ -134,3 +152,11 @@ def options_text(options: Any) -> str:
         if value != field.default:
             parts.append(f"{field.name}={value if isinstance(value, Encoding) else repr(value)}")
     return ", ".join(parts)
+
+
+def saturate(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cast between float types that gives the greatest finite number where the plain cast would give infinity."""
+    greatest = torch.finfo(dtype).max
+    if greatest < torch.finfo(tensor.dtype).max:
+        tensor = tensor.clamp(-greatest, greatest)
+    return tensor.to(dtype)

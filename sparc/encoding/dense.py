@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import sympy
 import torch
 from torch import Tensor
 
-from sparc.encoding.base import ElementEncoding
+from sparc import codes as diagnostic_codes
+from sparc.diag import PassError
+from sparc.encoding.base import ElementEncoding, saturate
 from sparc.encoding.grid import Grid
 
 
@@ -16,10 +19,18 @@ class Dense(ElementEncoding):
     """Every element is its own code.
 
     Args:
-        dtype: the stored dtype.
+        dtype: the stored dtype; what it cannot hold saturates.
     """
 
-    dtype: str = "float32"
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float64", "float32", "float16", "bfloat16"):
+            raise PassError(
+                diagnostic_codes.BAD_OPTION,
+                f"Dense has no dtype {self.dtype!r}",
+                hint='"float32", "float16" or "bfloat16"',
+            )
 
     @property
     def grid_names(self) -> tuple[str, ...]:
@@ -36,11 +47,11 @@ class Dense(ElementEncoding):
 
     def codes(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The elements, in the stored dtype."""
-        return weight.to(getattr(torch, self.dtype))
+        return saturate(weight, getattr(torch, self.dtype))
 
     def values(self, codes: Tensor, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The elements."""
-        return codes.to(dtype, copy=True)
+        """The elements; a tensor of its own."""
+        return saturate(codes, dtype).clone() if codes.dtype == dtype else saturate(codes, dtype)
 
     def pack(self, codes: Tensor) -> Tensor:
         """Unchanged."""

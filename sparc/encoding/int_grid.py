@@ -1,4 +1,4 @@
-"""Integer grids: `code * scale`, `(code - zero) * scale` or `code * scale + minimum`, per tensor, per channel or per group."""
+"""Integer grids: `code * scale`, `(code - zero) * scale` or `code * scale + minimum`, per tensor, channel or group."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,10 @@ from torch import Tensor
 
 from sparc import codes as diagnostic_codes
 from sparc.diag import PassError
-from sparc.encoding.base import ElementEncoding
+from sparc.encoding.base import ElementEncoding, saturate
+from sparc.encoding.bits import pack_bits, unpack_bits
+from sparc.encoding.clip_search import clip_search
 from sparc.encoding.grid import Grid
-
-_SEARCH_STEPS = 80
-_SEARCH_SHRINK = 0.01
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,11 @@ class IntGrid(ElementEncoding):
 
     Args:
         bits: 2, 4 or 8.
-        group: how many consecutive columns share a scale; `"channel"` for a whole row (for an activation: a token), `"tensor"` for
-            everything. The last group of a row may be shorter.
+        group: how many consecutive columns share a scale; `"channel"` for a whole row (for an activation: a token),
+            `"tensor"` for everything. The last group of a row may be shorter.
         symmetric: codes are signed and zero is code 0. Otherwise codes are unsigned.
-        zero: for asymmetric grids, `"integer"` (a zero point of the codes' dtype; zero is representable) or `"minimum"` (the
-            range's floating minimum; zero need not be representable).
+        zero: for asymmetric grids, `"integer"` (a zero point of the codes' dtype; zero is representable) or `"minimum"`
+            (the range's floating minimum; zero need not be representable).
         scale_dtype: the dtype of scales and floating minima. Values are always computed in float32.
     """
 
@@ -39,15 +38,20 @@ class IntGrid(ElementEncoding):
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 8):
-            raise PassError(diagnostic_codes.BAD_OPTION, f"IntGrid has no {self.bits}-bit codes", hint="bits is 2, 4 or 8")
-        named = self.group in ("channel", "tensor")
-        if not named and (not isinstance(self.group, int) or isinstance(self.group, bool) or self.group < 2):
-            raise PassError(diagnostic_codes.BAD_OPTION, f"IntGrid cannot group by {self.group!r}", hint='a number ≥ 2, "channel" or "tensor"')
-        if self.zero not in ("integer", "minimum") or self.scale_dtype not in ("float32", "float16", "bfloat16"):
-            raise PassError(diagnostic_codes.BAD_OPTION, f"IntGrid has no zero={self.zero!r}, scale_dtype={self.scale_dtype!r}")
+        if type(self.bits) is not int or self.bits not in (2, 4, 8):
+            raise _bad(f"IntGrid has no {self.bits!r}-bit codes", "bits is 2, 4 or 8")
+        if self.group not in ("channel", "tensor") and (type(self.group) is not int or self.group < 2):
+            raise _bad(f"IntGrid cannot group by {self.group!r}", 'a number ≥ 2, "channel" or "tensor"')
+        if not isinstance(self.symmetric, bool):
+            raise _bad(f"IntGrid cannot be symmetric={self.symmetric!r}", "True or False")
+        if self.zero not in ("integer", "minimum"):
+            raise _bad(f"IntGrid has no zero={self.zero!r}", '"integer" or "minimum"')
+        if self.scale_dtype not in ("float32", "float16", "bfloat16"):
+            raise _bad(f"IntGrid has no scale_dtype={self.scale_dtype!r}", '"float32", "float16" or "bfloat16"')
+        if self.symmetric and self.zero == "minimum":
+            raise _bad("a symmetric IntGrid has no minimum", "add symmetric=False")
 
-    # shapes -----------------------------------------------------------------------------------------------------------
+    # shapes ---------------------------------------------------------------------------------------------------------
     @property
     def low(self) -> int:
         """The least code."""
@@ -87,103 +91,100 @@ class IntGrid(ElementEncoding):
             matrix = torch.cat([matrix, matrix[..., -1:].expand(*matrix.shape[:-1], short)], dim=-1)
         return matrix.reshape(*matrix.shape[:-1], -1, self.group)
 
-    def _spread(self, per_group: Tensor, like: Tensor) -> Tensor:
-        """A grid tensor `[..., out, groups]` broadcast to every column of `like`."""
-        if isinstance(self.group, int):
-            return per_group.repeat_interleave(self.group, dim=-1)[..., : like.shape[-1]]
-        return per_group
+    def _ungrouped(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `_grouped`; contiguous."""
+        if isinstance(self.group, int) and shape[-1] % self.group:
+            return groups.flatten(-2)[..., : shape[-1]].contiguous()
+        return groups.reshape(tuple(shape))
 
-    # fitting ----------------------------------------------------------------------------------------------------------
+    # fitting --------------------------------------------------------------------------------------------------------
     def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: bool = False) -> Grid:
-        """Cover each group's range (min-max), or shrink it to minimise the squared error (a search over 80 clips of 1%).
+        """Cover each group's range (min-max), or look for less squared error (`sparc.encoding.clip_search`).
 
-        The search follows GPTQ's `mse` option with exponent 2 and optional column importance.
+        Min-max finds a grid again, to float rounding, from weights that lie on it and use its outermost codes: both, or if
+        it is symmetric, `2^(bits-1) - 1` with either sign and not `-2^(bits-1)`. Weights rounded to a min-max grid do,
+        but for one case: an integer zero point whose exact value ends in .5. The search also finds 2- and 4-bit grids of
+        which only inner codes are used.
         """
         groups = self._grouped(weight.float())
-        low, high = groups.amin(-1), groups.amax(-1)
+        if importance is None or bool((importance != 0).all()):
+            low, high = groups.amin(-1), groups.amax(-1)
+        else:
+            ignored = self._grouped((importance == 0).expand(weight.shape))
+            low = groups.masked_fill(ignored, torch.inf).amin(-1)
+            high = groups.masked_fill(ignored, -torch.inf).amax(-1)
+            low, high = low.masked_fill(low > high, 0), high.masked_fill(low > high, 0)
         grid = self.from_range(low, high)
-        if not search:
-            return grid
-        weights = None
-        if importance is not None:
-            weights = self._grouped(importance.float().expand(weight.shape).contiguous())
-        best = dict(grid.tensors)
-        best_error = self._error(weight, grid, weights)
-        for step in range(1, _SEARCH_STEPS):
-            shrink = 1 - step * _SEARCH_SHRINK
-            candidate = self.from_range(low * shrink, high * shrink)
-            error = self._error(weight, candidate, weights)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best = {name: torch.where(better, candidate.tensors[name], best[name]) for name in best}
-        return Grid(self, best)
+        return clip_search(self, weight, grid, (low, high), importance) if search else grid
 
     def from_range(self, low: Tensor, high: Tensor) -> Grid:
         """The grid that covers `[low, high]`, tensors of shape `[..., out, groups]`; scales of empty ranges are 1.
 
-        Symmetric: `scale = max(|low|, |high|) / (2^(bits-1) - 1)`. With an integer zero point the range is first widened to
-        include 0: `scale = (high - low) / (2^bits - 1)`, `zero = round(-low / scale)`. With a minimum: `minimum = low`.
+        Symmetric: `scale = max(|low|, |high|) / (2^(bits-1) - 1)`. Otherwise `scale = (high - low) / (2^bits - 1)`; with
+        an integer zero point the range is first widened to include 0, and `zero = round(-low / scale)`; else
+        `minimum = low`.
+        """
+        if self.symmetric:
+            return Grid(self, {"scale": self.stored_scale(torch.maximum(low.abs(), high.abs()) / self.high)})
+        if self.zero == "minimum":
+            minimum = self.stored_minimum(low)
+            return Grid(self, {"scale": self.stored_scale((high - minimum.float()) / self.high), "minimum": minimum})
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = self.stored_scale((high - low) / self.high)
+        return Grid(self, {"scale": scale, "zero": self.stored_zero(-low / scale.float())})
+
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        """Scales as stored.
+
+        Those that are not positive become 1; those below the dtype's normal numbers are rounded up, so that a tiny range
+        is still covered; those so great that a value would overflow are cut.
         """
         dtype = getattr(torch, self.scale_dtype)
-        if self.symmetric:
-            scale = torch.maximum(low.abs(), high.abs()) / self.high
-            return Grid(self, {"scale": _positive(scale, dtype)})
-        if self.zero == "integer":
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = _positive((high - low) / self.high, dtype)
-        if self.zero == "minimum":
-            return Grid(self, {"scale": scale, "minimum": low.to(dtype)})
-        zero = torch.round(-low / scale.float()).clamp(self.low, self.high).to(self.code_dtype)
-        return Grid(self, {"scale": scale, "zero": zero})
+        limits = torch.finfo(dtype)
+        step = limits.tiny * limits.eps
+        scale = torch.where(scale < limits.tiny, torch.ceil(scale / step) * step, scale)
+        greatest = min(limits.max, torch.finfo(torch.float32).max / 2**self.bits)
+        return torch.where(scale > 0, scale, 1).clamp(max=greatest).to(dtype)
 
-    def _error(self, weight: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
-        difference = self._grouped((self.round(weight.float(), grid) - weight.float()).square())
-        return (difference if weights is None else difference * weights).sum(-1)
+    def stored_minimum(self, minimum: Tensor) -> Tensor:
+        """Minima as stored."""
+        return saturate(minimum, getattr(torch, self.scale_dtype))
 
-    # codes ------------------------------------------------------------------------------------------------------------
+    def stored_zero(self, zero: Tensor) -> Tensor:
+        """Zero points as stored: rounded, and cut to the codes."""
+        return torch.round(zero).clamp(self.low, self.high).to(self.code_dtype)
+
+    # codes ----------------------------------------------------------------------------------------------------------
     def codes(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """`round(w / scale) + zero`, clamped, half to even; computed in float32."""
-        scaled = weight.float()
+        """`round(w / scale) + zero` or `round((w - minimum) / scale)`, half to even, clamped; computed in float32."""
+        numbers = self._grouped(weight.float())
         if "minimum" in tensors:
-            scaled = scaled - self._spread(tensors["minimum"].float(), weight)
-        scaled = torch.round(scaled / self._spread(tensors["scale"].float(), weight))
+            numbers = numbers - _column(tensors["minimum"])
+        numbers = (numbers / _column(tensors["scale"])).round_()
         if "zero" in tensors:
-            scaled = scaled + self._spread(tensors["zero"].float(), weight)
-        return scaled.clamp(self.low, self.high).to(self.code_dtype)
+            numbers.add_(_column(tensors["zero"]))
+        return self._ungrouped(numbers.clamp_(self.low, self.high).to(self.code_dtype), weight.shape)
 
     def values(self, codes: Tensor, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """`(code - zero) * scale` or `code * scale + minimum`, in float32, then cast."""
-        numbers = codes.float()
+        """`(code - zero) * scale` or `code * scale + minimum`, in float32, then cast; the cast saturates."""
+        numbers = self._grouped(codes.float())
         if "zero" in tensors:
-            numbers = numbers - self._spread(tensors["zero"].float(), codes)
-        numbers = numbers * self._spread(tensors["scale"].float(), codes)
+            numbers = numbers - _column(tensors["zero"])
+        numbers = numbers * _column(tensors["scale"])
         if "minimum" in tensors:
-            numbers = numbers + self._spread(tensors["minimum"].float(), codes)
-        return numbers.to(dtype)
+            numbers.add_(_column(tensors["minimum"]))
+        return saturate(self._ungrouped(numbers, codes.shape), dtype)
 
-    # storage ----------------------------------------------------------------------------------------------------------
+    # storage --------------------------------------------------------------------------------------------------------
     def pack(self, codes: Tensor) -> Tensor:
-        """8-bit codes as they are; narrower ones several to a byte, first code lowest, signed codes offset to unsigned."""
-        if self.bits == 8:
-            return codes
-        per_byte = 8 // self.bits
-        unsigned = (codes.to(torch.int16) - self.low).to(torch.uint8)
-        short = -codes.shape[-1] % per_byte
-        if short:
-            unsigned = torch.nn.functional.pad(unsigned, (0, short))
-        lanes = unsigned.reshape(*unsigned.shape[:-1], -1, per_byte)
-        packed = lanes[..., 0].clone()
-        for lane in range(1, per_byte):
-            packed |= lanes[..., lane] << (self.bits * lane)
-        return packed
+        """8-bit codes as they are; narrower ones as `pack_bits` says, signed codes offset to unsigned."""
+        return codes if self.bits == 8 else pack_bits((codes.to(torch.int16) - self.low).to(torch.uint8), self.bits)
 
     def unpack(self, packed: Tensor, length: int) -> Tensor:
         """The inverse of `pack`."""
         if self.bits == 8:
             return packed
-        lanes = [(packed >> (self.bits * lane)) & (2**self.bits - 1) for lane in range(8 // self.bits)]
-        unsigned = torch.stack(lanes, dim=-1).reshape(*packed.shape[:-1], -1)[..., :length]
-        return (unsigned.to(torch.int16) + self.low).to(self.code_dtype)
+        return (unpack_bits(packed, self.bits, length).to(torch.int16) + self.low).to(self.code_dtype)
 
     def code_bytes(self, length: int | sympy.Expr) -> sympy.Expr:
         """`ceil(length * bits / 8)`."""
@@ -199,7 +200,10 @@ class IntGrid(ElementEncoding):
         return sympy.prod(shape[:-1]) * groups * each
 
 
-def _positive(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales in their stored dtype; where they vanish there, 1 (every value of such a group rounds to the same code)."""
-    stored = scale.to(dtype)
-    return torch.where((stored > 0) & torch.isfinite(stored), stored, torch.ones_like(stored))
+def _bad(what: str, hint: str) -> PassError:
+    return PassError(diagnostic_codes.BAD_OPTION, what, hint=hint)
+
+
+def _column(per_group: Tensor) -> Tensor:
+    """A grid tensor `[..., out, groups]` in float32, to broadcast over the elements of each group."""
+    return per_group.float().unsqueeze(-1)

@@ -1,8 +1,8 @@
 """`sparc::decode` and `sparc::quantize`: the two operators that carry encodings through torch graphs.
 
-`decode(parts, spec, view, shape, dtype)` means the dense tensor. `quantize(x, params, spec)` turns an activation into parts. Both
-run in eager torch, know their output types under FakeTensor, and name their encoding by its spec text, which is looked up in an
-append-only table.
+`decode(parts, spec, view, shape, dtype)` means the dense tensor. `quantize(x, params, spec)` turns an activation into
+parts. Both run in eager torch, know their output types under FakeTensor, and name their encoding by its spec text,
+which is looked up in an append-only table.
 """
 
 from collections.abc import Sequence
@@ -50,28 +50,31 @@ def _decode(parts: Sequence[Tensor], spec: str, view: str, shape: Sequence[int] 
     return weight_view.from_matrix(matrix, own)
 
 
-@register_fake("sparc::decode", lib=_library)
-def _decode_type(parts: Sequence[Tensor], spec: str, view: str, shape: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
+@register_fake("sparc::decode", lib=_library)  # type: ignore[untyped-decorator]
+def _decode_type(
+    parts: Sequence[Tensor], spec: str, view: str, shape: Sequence[int] | None, dtype: torch.dtype
+) -> Tensor:
     return parts[0].new_empty(shape if shape is not None else parts[0].shape, dtype=dtype)
+
+
+def _activation_spec(spec: str) -> ElementEncoding:
+    encoding = find_spec(spec)
+    if not isinstance(encoding, ElementEncoding) or encoding.code_bytes(8) < 8:
+        raise PassError(codes.BAD_OPTION, f"activations cannot be quantized to {spec}", hint="use 8-bit codes")
+    return encoding
 
 
 @impl(_library, "quantize", "CompositeExplicitAutograd")
 def _quantize(x: Tensor, params: Sequence[Tensor], spec: str) -> list[Tensor]:
-    encoding = find_spec(spec)
-    assert isinstance(encoding, ElementEncoding)
-    if params:
-        return [encoding.codes(x, dict(zip(encoding.grid_names, params, strict=True)))]
-    grid = encoding.fit(x)
-    return list(encoding.encode(x, grid).values())
-
-
-@register_fake("sparc::quantize", lib=_library)
-def _quantize_type(x: Tensor, params: Sequence[Tensor], spec: str) -> list[Tensor]:
-    encoding = find_spec(spec)
-    assert isinstance(encoding, ElementEncoding)
+    encoding = _activation_spec(spec)
     if params:
         return [encoding.codes(x, dict(zip(encoding.grid_names, params, strict=True)))]
     return list(encoding.encode(x, encoding.fit(x)).values())
+
+
+@register_fake("sparc::quantize", lib=_library)  # type: ignore[untyped-decorator]
+def _quantize_type(x: Tensor, params: Sequence[Tensor], spec: str) -> list[Tensor]:
+    return _quantize(x, params, spec)
 
 
 def is_decode(node: object) -> bool:

@@ -1,6 +1,7 @@
 """Weight views: how each use of a weight reads it as matrices `[batch..., out, reduce]`.
 
-A view is named by a short string so that a graph can carry it: `matrix`, `transposed`, `conv`, `conv_transposed:groups`.
+A view is named by a short string so that a graph can carry it: `matrix`, `transposed`, `conv`,
+`conv_transposed:groups`.
 """
 
 import math
@@ -14,9 +15,9 @@ from torch import Tensor
 class WeightView:
     """A bijection between a weight's own layout and its matrix.
 
-    `matrix` is the identity (linear `[out, in]`, embedding `[rows, features]`, experts `[experts, out, in]`), `transposed` swaps the
-    last two axes (`[in, out]`), `conv` flattens `[out, in/groups, *kernel]` to `[out, in/groups * kernel]`, and
-    `conv_transposed:g` turns `[in, out/g, *kernel]` into `[g, out/g, in/g * kernel]`.
+    `matrix` is the identity (linear `[out, in]`, embedding `[rows, features]`, experts `[experts, out, in]`),
+    `transposed` swaps the last two axes (`[in, out]`), `conv` flattens `[out, in/groups, *kernel]` to `[out, in/groups
+    * kernel]`, and `conv_transposed:g` turns `[in, out/g, *kernel]` into `[g, out/g, in/g * kernel]`.
     """
 
     kind: str = "matrix"
