@@ -167,8 +167,7 @@ class Driver:
     def _check_approximate(
         self, step: Pass, contract: Approximate, before: Program, after: Program
     ) -> dict[str, float]:
-        samples = {entry: batches[:2] for entry, batches in self.samples.held_out.items()}
-        measures = measure_sites(before, after, samples, contract.metric)
+        measures = measure_sites(before, after, self._checked, contract.metric)
         restored = 0
         for measure in measures:
             if contract.floor is not None and measure.worst < contract.floor:
@@ -222,10 +221,16 @@ class Driver:
             self._outputs = self._run_all(program)
         return self._outputs
 
+    @property
+    def _checked(self) -> dict[str, list[list[Tensor]]]:
+        """The held-out batches that checks run on: one of each entry, four in full verification."""
+        count = 4 if self.verify == "full" else 1
+        return {entry: batches[:count] for entry, batches in self.samples.held_out.items()}
+
     def _run_all(self, program: Program) -> dict[str, list[Any]]:
         return {
-            entry: [program.run_flat(tensors, entry=entry) for tensors in batches[:2]]
-            for entry, batches in self.samples.held_out.items()
+            entry: [program.run_flat(tensors, entry=entry) for tensors in batches]
+            for entry, batches in self._checked.items()
         }
 
     def _note_dropped_grids(self, before: Program, after: Program, step: Pass) -> None:
