@@ -1,5 +1,6 @@
 import enum
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparc import api, passes
 from sparc.contract import Approximate, Contract
 from sparc.diag import PassError
 from sparc.encoding.base import Encoding
@@ -19,6 +21,7 @@ from sparc.pass_base import Pass, PassContext, Stage
 from sparc.program import Program
 from sparc.recipe import Recipe, Step, resolve_recipe
 from sparc.registry import Extension, Registry
+from sparc.selector import OPERATOR_TYPES
 from sparc.toml import MOST_BYTES, read_toml, toml_value
 
 
@@ -338,3 +341,32 @@ def test_every_value_comes_back_from_toml(value: Any) -> None:
     back = tomllib.loads(f"x = {toml_value(value)}")["x"]
     assert back == value
     assert repr(back) == repr(value)
+
+
+# the page -------------------------------------------------------------------------------------------------------------
+PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_the_recipes_on_the_page_can_be_read() -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 2
+    known = api.registry()
+    for block in blocks:
+        assert Recipe.from_toml(block, known).steps
+
+
+def test_the_page_names_exactly_the_shipped_recipes() -> None:
+    shipped = passes.extension().recipes
+    assert set(re.findall(r"^\| `([\w-]+)` \| [A-Z]", PAGE, re.MULTILINE)) == set(shipped)
+
+
+def test_every_shipped_recipe_comes_back_from_its_toml() -> None:
+    for name, recipe in passes.extension().recipes.items():
+        assert recipe.name == name
+        assert Recipe.from_toml(recipe.to_toml(), api.registry()) == recipe
+
+
+def test_the_page_names_the_stages_and_operator_types() -> None:
+    stages = ", ".join(stage.name.lower().replace("_", " ") for stage in Stage)
+    assert stages in PAGE.replace("\n", " ")
+    assert all(f"`{operator}`" in PAGE for operator in OPERATOR_TYPES)
