@@ -84,8 +84,16 @@ def _is_storable(node: fx.Node) -> bool:
 
 
 def _frontier(constant: set[fx.Node]) -> list[fx.Node]:
-    """Constant tensors that something not constant reads."""
-    return [node for node in constant if isinstance(node.meta["val"], Tensor) and any(user not in constant for user in node.users)]
+    """Constant tensors that something not constant reads; one filled with a number says more as it is."""
+    return [
+        node
+        for node in constant
+        if isinstance(node.meta["val"], Tensor) and any(user not in constant for user in node.users) and not _is_fill(node)
+    ]
+
+
+def _is_fill(node: fx.Node) -> bool:
+    return not node.all_input_nodes and str(getattr(node.target, "_opname", "")) in ("full", "zeros", "ones", "scalar_tensor")
 
 
 def _plan(program: Program, constant: set[fx.Node], limit: int) -> list[tuple[Entry, fx.Node]]:
@@ -94,7 +102,8 @@ def _plan(program: Program, constant: set[fx.Node], limit: int) -> list[tuple[En
     while True:
         frontier = set(_frontier(constant))
         chosen = [(entry, node) for entry, node in program.nodes() if node in frontier]
-        budget = {name: program.weights[name].nbytes for name in program.weights if name not in kept and _replaced(program, name, constant)}
+        staying = kept | _read_elsewhere(program, constant)
+        budget = {name: tensor.nbytes for name, tensor in program.weights.items() if name not in staying}
         rejected = {node for _, node in chosen if not _affordable(node, budget, limit)}
         if not rejected:
             return chosen
@@ -102,10 +111,9 @@ def _plan(program: Program, constant: set[fx.Node], limit: int) -> list[tuple[En
         kept.update(name for node in rejected for name in _weights_of(node))
 
 
-def _replaced(program: Program, name: str, constant: set[fx.Node]) -> bool:
-    """Whether nothing will read a weight once the constants are stored."""
-    nodes = [node for _, node in program.nodes() if is_weight(node) and node.target == name]
-    return all(user in constant for node in nodes for user in node.users)
+def _read_elsewhere(program: Program, constant: set[fx.Node]) -> set[str]:
+    """The weights that something not constant reads."""
+    return {str(node.target) for _, node in program.nodes() if is_weight(node) and any(user not in constant for user in node.users)}
 
 
 def _affordable(node: fx.Node, budget: dict[str, int], limit: int) -> bool:

@@ -245,6 +245,9 @@ def rewrite(
 
 
 def _finder(pattern: Pattern) -> Find:
+    taken = [name for name in pattern.variables if hasattr(Match, name)]
+    if taken:
+        raise TypeError(f"a pattern's variable cannot be called {taken[0]!r}: Match has an attribute of that name")
     return lambda program, node: match(pattern, node)
 
 

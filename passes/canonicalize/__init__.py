@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from sparc.contract import Bounded, Contract
 from sparc.pass_base import Pass, PassContext, Stage
+from sparc.passes.canonicalize.activation import ACTIVATION
+from sparc.passes.canonicalize.attention import ATTENTION
 from sparc.passes.canonicalize.linear import LINEAR
 from sparc.passes.canonicalize.norm import NORM
 from sparc.passes.clean import MergeCommon, RemoveNoOps
@@ -13,7 +15,7 @@ from sparc.passes.constants import FoldConstants
 from sparc.program import Program
 
 CLEAN: tuple[Pass, ...] = (RemoveNoOps(), FoldConstants(), MergeCommon())
-FORMS: tuple[Pass, ...] = (*LINEAR, *NORM)
+FORMS: tuple[Pass, ...] = (*LINEAR, *NORM, *ACTIVATION, *ATTENTION)
 
 
 @dataclass(frozen=True)
