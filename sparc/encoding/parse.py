@@ -1,7 +1,6 @@
 """Reading an encoding's spec text, the inverse of `str(encoding)`: known names and literals, nothing is evaluated."""
 
 import ast
-import difflib
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,6 +13,7 @@ from sparc.encoding.blocks import Blocks
 from sparc.encoding.dense import Dense
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
+from sparc.suggest import hint as suggestion
 
 BUILTIN: Mapping[str, type[Encoding]] = MappingProxyType({cls.__name__: cls for cls in (Dense, IntGrid, NM, Blocks)})
 MAX_LENGTH = 1000
@@ -73,12 +73,14 @@ def _build(
     name: str, args: list[Any], options: dict[str, Any], text: str, known: Mapping[str, type[Encoding]]
 ) -> Encoding:
     if name not in known:
-        lower = {each.lower(): each for each in known}
-        near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
-        hint = f"did you mean {lower[near[0]]}?" if near else ""
+        why = f"known are {', '.join(sorted(known))}"
         raise PassError(
-            codes.UNKNOWN_NAME, f"unknown encoding {name!r}", why=f"known are {', '.join(sorted(known))}", hint=hint
+            codes.UNKNOWN_NAME, f"unknown encoding {name!r}", why=why, hint=suggestion(name, known, kind="encodings")
         )
+    fields = known[name].__dataclass_fields__
+    for option in options:
+        if option not in fields:
+            raise _bad(text, f"{name} has no option {option!r}", hint=suggestion(option, fields, kind="options"))
     try:
         return known[name](*args, **options)
     except (TypeError, ValueError) as error:
