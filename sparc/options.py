@@ -106,7 +106,7 @@ def default_of(field: Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-# annotations ----------------------------------------------------------------------------------------------------------
+# annotations --------------------------------------------------------------------------------------------------------
 def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
 
@@ -168,7 +168,7 @@ def _expected(annotation: Any, in_toml: bool) -> str:
     return f"a {'table' if in_toml else 'mapping'} of {_expected(get_args(annotation)[1], in_toml)}"
 
 
-# values ---------------------------------------------------------------------------------------------------------------
+# values -------------------------------------------------------------------------------------------------------------
 def _convert_option(name: str, annotation: Any, value: Any, parse: ParseSpec | None, what: str) -> Any:
     try:
         return _convert(annotation, value, parse)
