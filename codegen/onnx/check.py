@@ -1,4 +1,4 @@
-"""Is the emitted model valid, and does it compute what the program computes?"""
+"""Whether an emitted model is valid, and computes what the program computes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from sparc import codes
 from sparc.codegen.onnx.runtime import OnnxRunner, has_cuda
 from sparc.codegen.onnx.store import raw_bytes, stored_name
 from sparc.diag import ArtifactError
-from sparc.target import KernelUse, StoredTensor
+from sparc.target import KernelUse, Span, StoredTensor
 
 WEIGHTS_FILE = "weights.safetensors"
 _EMBED_LIMIT = int(1.5e9)
@@ -57,18 +57,18 @@ class OnnxEmission:
         cuda = self.target == "onnx:cuda" and has_cuda()
         return OnnxRunner(self._model(entry), self._by_name(), threads=threads, cuda=cuda, options=options)
 
-    def files(self, locations: Mapping[str, tuple[int, int]]) -> dict[str, bytes]:
+    def files(self, spans: Mapping[str, Span]) -> dict[str, bytes]:
         """The model files, whose external data points into `weights.safetensors`.
 
         Args:
-            locations: for every stored tensor, its byte offset in that file and its length.
+            spans: where each stored tensor lies in that file, by name.
         """
         made = {}
         for entry, model in self.models.items():
             placed = onnx.ModelProto()
             placed.CopyFrom(model)
             for tensor in _external(placed):
-                _point(tensor, WEIGHTS_FILE, *locations[stored_name(tensor.name)])
+                _point(tensor, WEIGHTS_FILE, spans[stored_name(tensor.name)])
             made[self.file_name(entry)] = placed.SerializeToString(deterministic=True)
         return made
 
@@ -124,16 +124,16 @@ class OnnxEmission:
         """Point the model's large tensors into one aligned file; its content in pieces."""
         self._embed(model, limit=_SMALL)
         stored, end = self._by_name(), 0
-        places: dict[str, tuple[int, int]] = {}
+        places: dict[str, Span] = {}
         pieces: list[bytes | Tensor] = []
         for tensor in _external(model):
             name = stored_name(tensor.name)
             if name not in places:
                 gap = -end % _ALIGN
                 pieces += [bytes(gap), stored[name].tensor]
-                places[name] = (end + gap, stored[name].tensor.nbytes)
+                places[name] = Span(end + gap, stored[name].tensor.nbytes)
                 end += gap + stored[name].tensor.nbytes
-            _point(tensor, file, *places[name])
+            _point(tensor, file, places[name])
         return pieces
 
 
@@ -141,9 +141,9 @@ def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     return [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
 
 
-def _point(tensor: onnx.TensorProto, file: str, offset: int, length: int) -> None:
+def _point(tensor: onnx.TensorProto, file: str, span: Span) -> None:
     del tensor.external_data[:]
-    for key, value in (("location", file), ("offset", str(offset)), ("length", str(length))):
+    for key, value in (("location", file), ("offset", str(span.offset)), ("length", str(span.length))):
         tensor.external_data.add(key=key, value=value)
 
 

@@ -211,10 +211,28 @@ class Emitter:
         return self._initializer(initializer(self.store.weight(name, layout, shape), dtype, dims))
 
     def derived(
-        self, name: str, tensor: Tensor, *, dtype: ir.DataType | None = None, dims: Sequence[int] | None = None
+        self,
+        name: str,
+        tensor: Tensor,
+        layout: str = layouts.IDENTITY,
+        shape: Sequence[int] = (),
+        *,
+        dtype: ir.DataType | None = None,
+        dims: Sequence[int] | None = None,
     ) -> ir.Value:
-        """An initializer over a tensor computed while emitting."""
-        return self._initializer(initializer(self.store.derived(name, tensor), dtype, dims))
+        """An initializer over a tensor computed while emitting; arguments as for `weight`."""
+        return self._initializer(initializer(self.store.derived(name, tensor, layout, shape), dtype, dims))
+
+    def carry(self, site: str, kernel: KernelUse) -> None:
+        """Note what carries a weight; of several operators that hold it in memory, all are named and added up."""
+        known = self.kernels.get(site)
+        if known is None:
+            self.kernels[site] = kernel
+        elif kernel.operator not in known.operator.split(" + "):
+            operator = f"{known.operator} + {kernel.operator}"
+            self.kernels[site] = KernelUse(
+                operator, known.resident_bytes + kernel.resident_bytes, known.note or kernel.note
+            )
 
     def _initializer(self, value: ir.Value) -> ir.Value:
         return self._initializers.setdefault(str(value.name), value)

@@ -20,7 +20,7 @@ class Store:
     """Stored tensors, shared by every entry of a program.
 
     An initializer is named as the stored tensor it reads, or that name, `#` and how it reads the same bytes differently
-    (`lm_head.weight_codes#u8[49152,288]`).
+    (`lm_head.weight_codes#[49152,18,16]`).
 
     Args:
         weights: the program's weights.
@@ -40,11 +40,14 @@ class Store:
             self._by_source[key] = self._add(name, tensor.contiguous(), name, layout)
         return self.tensors[self._by_source[key]]
 
-    def derived(self, name: str, tensor: Tensor) -> StoredTensor:
+    def derived(
+        self, name: str, tensor: Tensor, layout: str = layouts.IDENTITY, shape: Sequence[int] = ()
+    ) -> StoredTensor:
         """A tensor that is no program weight: computed while emitting, the same for every entry."""
-        key = (name, "derived", tuple(tensor.shape))
+        key = (name, f"derived {layout}", tuple(shape) or tuple(tensor.shape))
         if key not in self._by_source:
-            self._by_source[key] = self._add(name, tensor.contiguous(), None, layouts.IDENTITY)
+            stored = layouts.store(layout, tensor, shape or None).contiguous()
+            self._by_source[key] = self._add(name, stored, None, layout)
         return self.tensors[self._by_source[key]]
 
     def _add(self, name: str, tensor: Tensor, weight: str | None, layout: str) -> str:
@@ -70,7 +73,8 @@ def initializer(stored: StoredTensor, dtype: ir.DataType | None = None, shape: S
     dtype, shape = dtype or own_type, tuple(own_shape if shape is None else shape)
     name = stored.name
     if dtype != own_type or shape != own_shape:
-        name += f"{ALIAS}{dtype.name.lower()}[{','.join(map(str, shape))}]"
+        kind = "" if dtype == own_type else dtype.name.lower()
+        name += f"{ALIAS}{kind}[{','.join(map(str, shape))}]"
     external = ir.ExternalTensor(
         "weights.safetensors", 0, stored.tensor.nbytes, dtype, name=name, shape=ir.Shape(shape)
     )

@@ -11,6 +11,7 @@ from sparc import codes
 from sparc.codegen.onnx.emission import OnnxEmission
 from sparc.codegen.onnx.emit import MS, Emitter, Rule
 from sparc.codegen.onnx.registry import fallback
+from sparc.codegen.onnx.sites import RULES
 from sparc.codegen.onnx.store import Store, stored_name
 from sparc.codegen.onnx.table import TABLE
 from sparc.diag import LoweringError
@@ -100,7 +101,7 @@ class OnnxTarget:
 
     def rules(self) -> list[Rule]:
         """The region translations of this flavour."""
-        return []
+        return list(RULES)
 
     def _model(self, graph: ir.Graph) -> onnx.ModelProto:
         if any(node.domain == MS for node in graph.all_nodes()):

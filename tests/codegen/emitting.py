@@ -1,17 +1,19 @@
 """What the tests of the ONNX target share: capture, emit, run, compare."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-
+import onnx
 import torch
+from torch import Tensor, nn
+
 from sparc.capture import capture
 from sparc.codegen.onnx.check import check_model
 from sparc.codegen.onnx.emission import OnnxEmission
 from sparc.codegen.onnx.target import OnnxTarget
 from sparc.program import Program
 from sparc.target import EmitContext
-from torch import Tensor, nn
 
 FLAVOURS = ("portable", "cpu", "cuda")
 
@@ -59,3 +61,16 @@ def check(
     flat = list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs)
     assert_agrees(program, emission, [each for each in flat if isinstance(each, Tensor)], tolerance)
     return emission
+
+
+def optimized(emission: OnnxEmission, folder: Path, entry: str | None = None) -> list[str]:
+    """The operators that ONNX Runtime's own optimizer leaves of the exported file, under default options."""
+    import onnxruntime
+
+    path = folder / "model.onnx"
+    emission.export_onnx(path, entry=entry)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node]

@@ -5,18 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.codegen.emitting import check
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tests.codegen.emitting import check
 
 torch.manual_seed(0)
 X = torch.randn(2, 3, 4)
 Y = torch.randn(2, 3, 4)
-P = X.abs() + 0.1
-I = torch.randint(-5, 6, (2, 3, 4))
-J = torch.randint(1, 4, (2, 3, 4))
-B = X > 0
-IMAGE = torch.randn(2, 4, 8, 8)
 
 
 class Calls(nn.Module):
@@ -64,7 +60,21 @@ ARITHMETIC = {
 }
 ACTIVATION = {
     name: (lambda f: lambda a, b: f(a * 4))(getattr(F, name))
-    for name in "relu gelu silu relu6 hardtanh hardsigmoid hardswish leaky_relu elu selu mish softplus logsigmoid".split()
+    for name in (
+        "relu",
+        "gelu",
+        "silu",
+        "relu6",
+        "hardtanh",
+        "hardsigmoid",
+        "hardswish",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "mish",
+        "softplus",
+        "logsigmoid",
+    )
 } | {
     "gelu_tanh": lambda a, b: F.gelu(a * 4, approximate="tanh"),
     "softplus_beta": lambda a, b: F.softplus(a * 4, beta=2, threshold=3),
@@ -79,20 +89,38 @@ ACTIVATION = {
     "dropout": lambda a, b: F.dropout(a, 0.5, training=False),
 }
 SHAPE = {
-    "view": lambda a, b: (a.view(6, 4), a.reshape(-1), a.flatten(1), a[:, None], a.unsqueeze(-1).squeeze(-1), a.unflatten(-1, (2, 2))),
+    "view": lambda a, b: (
+        a.view(6, 4),
+        a.reshape(-1),
+        a.flatten(1),
+        a[:, None],
+        a.unsqueeze(-1).squeeze(-1),
+        a.unflatten(-1, (2, 2)),
+    ),
     "transpose": lambda a, b: (a.transpose(1, 2), a.permute(2, 0, 1), a[0].t(), a.mT),
     "expand": lambda a, b: (a[:, :1].expand(2, 5, 4), a[0].expand(3, -1, -1), a.broadcast_to(7, 2, 3, 4)),
     "repeat": lambda a, b: (a.repeat(2, 1, 3), a.repeat(2, 1, 1, 1)),
     "slice": lambda a, b: (a[:, 1:], a[..., ::2], a[:, -2:-1], a[:, 5:], a.narrow(1, 1, 2), a.narrow(1, -2, 2)),
     "select": lambda a, b: (a[1], a[:, -1], a[..., 0]),
     "split": lambda a, b: (*a.split(2, -1), *a.split([1, 3], -1), *a.chunk(2, 1), *a.unbind(1), *a.tensor_split(3, -1)),
-    "cat": lambda a, b: (torch.cat([a, b], 1), torch.cat([a, (b * 4).int()], -1), torch.stack([a, b], 1), torch.stack([a, b], -1)),
+    "cat": lambda a, b: (
+        torch.cat([a, b], 1),
+        torch.cat([a, (b * 4).int()], -1),
+        torch.stack([a, b], 1),
+        torch.stack([a, b], -1),
+    ),
     "flip": lambda a, b: (a.flip(0), a.flip([1, 2])),
     "roll": lambda a, b: (a.roll(1, 1), a.roll((1, -2), (1, 2)), a.roll(5, 1)),
-    "pad": lambda a, b: (F.pad(a, (1, 2)), F.pad(a, (1, 0, 0, 2), value=3), F.pad(a, (1, 2), mode="reflect"),
-                         F.pad(a, (1, 1), mode="replicate"), F.pad(a, (-1, 1)), F.pad(a, (1, 1), mode="circular")),
+    "pad": lambda a, b: (
+        F.pad(a, (1, 2)),
+        F.pad(a, (1, 0, 0, 2), value=3),
+        F.pad(a, (1, 2), mode="reflect"),
+        F.pad(a, (1, 1), mode="replicate"),
+        F.pad(a, (-1, 1)),
+        F.pad(a, (1, 1), mode="circular"),
+    ),
     "unfold": lambda a, b: (a.unfold(2, 2, 1), a.unfold(1, 2, 1)),
-}  # fmt: skip
+}
 CREATE = {
     "fill": lambda a, b: (
         torch.zeros(2, 3) + a[0, :2, :3],
@@ -157,17 +185,41 @@ MATRIX = {
     ),
 }
 INDEX = {
-    "gather": lambda a, b: (a.gather(1, (b > 0).long()), a.index_select(1, torch.tensor([2, 0])), a[:, torch.tensor([2, 0])]),
-    "index": lambda a, b: (a[torch.tensor([1, 0]), torch.tensor([2, 1])], a[:, torch.tensor([1, 0]), torch.tensor([2, 1])],
-                           a[torch.tensor([[1], [0]]), :, torch.tensor([2, 1])]),
+    "gather": lambda a, b: (
+        a.gather(1, (b > 0).long()),
+        a.index_select(1, torch.tensor([2, 0])),
+        a[:, torch.tensor([2, 0])],
+    ),
+    "index": lambda a, b: (
+        a[torch.tensor([1, 0]), torch.tensor([2, 1])],
+        a[:, torch.tensor([1, 0]), torch.tensor([2, 1])],
+        a[torch.tensor([[1], [0]]), :, torch.tensor([2, 1])],
+    ),
     "mask": lambda a, b: (a[a > 0], a[b[:, 0, 0] > -9], a.masked_select(b > 0), (a > 0).nonzero()),
-    "put": lambda a, b: (a.index_put((torch.tensor([1, 0]),), b[0]), a.index_put((torch.tensor([1, 1]),), b[0], accumulate=True)),
-    "scatter": lambda a, b: (a.scatter(1, (b > 0).long(), b), a.scatter(1, (b[:, :1] > 0).long(), 9.0),
-                             a.scatter_add(1, (b > 0).long(), b)),
-    "slice_scatter": lambda a, b: (a.slice_scatter(b[:, :2], 1, 1, 3), a.slice_scatter(b[:, :1], 1, 0, 1), a.select_scatter(b[:, 0], 1, 2)),
-}  # fmt: skip
-GROUPS = {"arithmetic": ARITHMETIC, "activation": ACTIVATION, "shape": SHAPE, "create": CREATE, "reduction": REDUCTION,
-          "matrix": MATRIX, "index": INDEX}  # fmt: skip
+    "put": lambda a, b: (
+        a.index_put((torch.tensor([1, 0]),), b[0]),
+        a.index_put((torch.tensor([1, 1]),), b[0], accumulate=True),
+    ),
+    "scatter": lambda a, b: (
+        a.scatter(1, (b > 0).long(), b),
+        a.scatter(1, (b[:, :1] > 0).long(), 9.0),
+        a.scatter_add(1, (b > 0).long(), b),
+    ),
+    "slice_scatter": lambda a, b: (
+        a.slice_scatter(b[:, :2], 1, 1, 3),
+        a.slice_scatter(b[:, :1], 1, 0, 1),
+        a.select_scatter(b[:, 0], 1, 2),
+    ),
+}
+GROUPS = {
+    "arithmetic": ARITHMETIC,
+    "activation": ACTIVATION,
+    "shape": SHAPE,
+    "create": CREATE,
+    "reduction": REDUCTION,
+    "matrix": MATRIX,
+    "index": INDEX,
+}
 CASES = [
     pytest.param(function, id=f"{group}-{name}") for group, each in GROUPS.items() for name, function in each.items()
 ]

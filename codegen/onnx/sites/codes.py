@@ -1,0 +1,130 @@
+"""The stored parts of an integer grid, as the operators want them."""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from sparc.codegen.onnx.emit import Emitter
+from sparc.codegen.onnx.sites.match import Encoded
+from sparc.codegen.onnx.types import onnx_type
+from sparc.encoding.int_grid import IntGrid
+from sparc.program import weight_nodes
+
+
+@dataclass(frozen=True)
+class IntMatrix:
+    """An integer matrix `[out, reduce]` behind a site, and where its parts are stored.
+
+    Codes that another encoding hides (a mask around integers) are stored as they decode.
+
+    Args:
+        e: the emitter.
+        weight: the encoded weight.
+        grid: the integer grid.
+        derived: codes and grid tensors that are no program weights; None when the parts are.
+    """
+
+    e: Emitter
+    weight: Encoded
+    grid: IntGrid
+    derived: dict[str, Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Out and reduce."""
+        out, reduce = self.weight.matrix_shape[-2:]
+        return out, reduce
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether a row has one scale."""
+        return not isinstance(self.grid.group, int)
+
+    def part(self, name: str) -> Tensor:
+        """A stored part."""
+        if self.derived is not None:
+            return self.derived[name]
+        return self.e.program.weights[self.weight.parts[name]]
+
+    def read(
+        self,
+        name: str,
+        layout: str = "identity",
+        shape: tuple[int, ...] = (),
+        *,
+        dtype: ir.DataType | None = None,
+        dims: tuple[int, ...] | None = None,
+    ) -> ir.Value:
+        """An initializer over a part in a layout."""
+        if self.derived is not None:
+            return self.e.derived(
+                f"{self.weight.site}_{name}", self.derived[name], layout, shape, dtype=dtype, dims=dims
+            )
+        return self.e.weight(self.weight.parts[name], layout, shape, dtype=dtype, dims=dims)
+
+    # 8-bit codes ------------------------------------------------------------------------------------------------------
+    def codes_transposed(self) -> ir.Value:
+        """8-bit codes `[reduce, out]`, int8: transposed in the file, or in the graph when rows are read too."""
+        if not self.rows_are_read():
+            return self.read("codes", "transpose" if self.grid.symmetric else "transpose+flip_sign")
+        rows = self.read("codes")
+        if not self.grid.symmetric:
+            wide = self.e.op("Cast", rows, to=ir.DataType.INT32)
+            rows = self.e.op("Cast", self.e.op("Sub", wide, self.e.const(128, torch.int32)), to=ir.DataType.INT8)
+        return self.e.op("Transpose", rows, perm=[1, 0])
+
+    def zero_int8(self) -> ir.Value | None:
+        """The zero point of `codes_transposed`: int8, one or `[out]`; None for zero."""
+        if self.grid.symmetric:
+            return None
+        shape = () if self.part("zero").numel() == 1 else (self.part("zero").numel(),)
+        return self.read("zero", "flip_sign", dims=shape)
+
+    def scale(self) -> ir.Value:
+        """The scale of a row: one or `[out]`, in the weight's dtype."""
+        count = self.part("scale").numel()
+        shape = () if self.grid.group == "tensor" else (count,)
+        return self.as_float(self.read("scale", dims=shape))
+
+    def as_float(self, value: ir.Value) -> ir.Value:
+        """Scales in the dtype the weight decodes to."""
+        return self.e.cast(value, self.weight.dtype) if value.dtype != onnx_type(self.weight.dtype) else value
+
+    def rows_are_read(self) -> bool:
+        """Whether an embedding reads rows of the same codes, which then stay as they are."""
+        if self.derived is not None:
+            return False
+        for entry in self.e.program.entries.values():
+            for node in weight_nodes(entry.graph, self.weight.parts["codes"]):
+                for decode in node.users:
+                    if any(str(user.target) == "aten.embedding.default" for user in decode.users):
+                        return True
+        return False
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the packed codes."""
+        return self.part("codes").nbytes
+
+    @property
+    def grid_bytes(self) -> int:
+        """Bytes of scales and zero points."""
+        return sum(self.part(name).nbytes for name in self.grid.grid_names)
+
+
+def int_matrix(e: Emitter, weight: Encoded) -> IntMatrix | None:
+    """The integer matrix behind a weight: its own grid, or the one inside a mask; None when there is none."""
+    if weight.grid is not None:
+        return IntMatrix(e, weight, weight.grid)
+    inner = getattr(weight.spec, "of", None)
+    if not isinstance(inner, IntGrid):
+        return None
+    tensors = weight.tensors(e.program)
+    dense = weight.spec.decode(tensors, weight.matrix_shape, torch.float32)
+    grid = {name: tensors[name] for name in inner.grid_names}
+    codes = inner.codes(dense, grid)
+    if not torch.equal(inner.values(codes, grid, torch.float32), dense):
+        return None
+    return IntMatrix(e, weight, inner, {"codes": inner.pack(codes), **grid})

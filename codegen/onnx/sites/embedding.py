@@ -1,0 +1,95 @@
+"""Rows of an encoded table: codes are gathered first and dequantized afterwards."""
+
+import math
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from sparc.codegen.onnx.emit import MS, Emitter
+from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
+from sparc.codegen.onnx.sites.expand import unpacked
+from sparc.codegen.onnx.sites.match import match_encoded
+from sparc.codegen.onnx.types import onnx_type
+from sparc.target import KernelUse
+
+
+def embedding(e: Emitter, node: fx.Node) -> ir.Value | None:
+    """`decode(w)[indices]`, exact."""
+    if str(node.target) != "aten.embedding.default":
+        return None
+    weight = match_encoded(e.program, node.args[0])
+    w = int_matrix(e, weight) if weight is not None else None
+    if weight is None or w is None or str(weight.view) != "matrix":
+        return None
+    result = _gather_blocks(e, w, node.args[1]) or _gather_codes(e, w, node.args[1], node)
+    operator = "GatherBlockQuantized" if e.target.contrib and _fits_blocks(e, w) else "Gather"
+    e.carry(weight.site, KernelUse(operator, w.code_bytes + w.grid_bytes))
+    return result
+
+
+def _fits_blocks(e: Emitter, w: IntMatrix) -> bool:
+    group = w.grid.group
+    return (
+        e.target.contrib
+        and isinstance(group, int)
+        and group in (16, 32, 64, 128)
+        and w.shape[1] % group == 0
+        and w.grid.bits in (4, 8)
+        and (w.grid.symmetric or w.grid.zero == "integer")
+        and (w.grid.bits == 4 or not w.grid.symmetric)
+    )
+
+
+def _gather_blocks(e: Emitter, w: IntMatrix, indices: Any) -> ir.Value | None:
+    """ONNX Runtime's own operator, on the bytes that MatMulNBits reads."""
+    if not _fits_blocks(e, w):
+        return None
+    scale = w.as_float(w.read("scale"))
+    zero = None
+    if not w.grid.symmetric:
+        zero = w.read("zero", "pack4") if w.grid.bits == 4 else w.read("zero")
+    return e.op(
+        "GatherBlockQuantized", w.read("codes"), indices, scale, zero, domain=MS,
+        gather_axis=0, quantize_axis=1, block_size=w.grid.group, bits=w.grid.bits,
+    )  # fmt: skip
+
+
+def _gather_codes(e: Emitter, w: IntMatrix, indices: Any, node: fx.Node) -> ir.Value:
+    """The same from standard operators."""
+    fake = node.meta["val"]
+    lead, columns = list(fake.shape[:-1]), w.shape[1]
+    codes = e.op("Gather", w.read("codes"), indices, axis=0)
+    if w.grid.bits < 8:
+        codes = unpacked(e, codes, w.grid.bits, lead, columns)
+    numbers = e.op("Cast", codes, to=ir.DataType.FLOAT)
+    if w.grid.bits < 8 and w.grid.symmetric:
+        numbers = e.op("Add", numbers, e.const(float(w.grid.low), torch.float32))
+    group = columns if w.per_channel else int(w.grid.group)  # type: ignore[arg-type]
+    short = -columns % group
+    if not w.per_channel:
+        if short:
+            numbers = e.op("Pad", numbers, e.sizes.vector([0, short]), None, [-1])
+        numbers = e.reshape(numbers, [*lead, columns + short], [*lead, (columns + short) // group, group])
+    if "zero" in w.grid.grid_names:
+        numbers = e.op("Sub", numbers, _rows(e, w, "zero", indices))
+    numbers = e.op("Mul", numbers, _rows(e, w, "scale", indices))
+    if "minimum" in w.grid.grid_names:
+        numbers = e.op("Add", numbers, _rows(e, w, "minimum", indices))
+    if not w.per_channel:
+        numbers = e.reshape(numbers, [*lead, (columns + short) // group, group], [*lead, columns + short])
+        if short:
+            numbers = e.op("Slice", numbers, [0], [columns], [-1])
+    return numbers if w.weight.dtype == torch.float32 else e.op("Cast", numbers, to=onnx_type(w.weight.dtype))
+
+
+def _rows(e: Emitter, w: IntMatrix, name: str, indices: Any) -> ir.Value:
+    """The gathered rows' scales, zero points or minima, broadcasting over each group."""
+    part = w.part(name)
+    value = w.read(name) if w.grid.group != "tensor" else w.read(name, dims=())
+    if math.prod(part.shape) > 1 and w.grid.group != "tensor":
+        value = e.op("Gather", value, indices, axis=0)
+    if value.dtype != ir.DataType.FLOAT:
+        value = e.op("Cast", value, to=ir.DataType.FLOAT)
+    return value if w.per_channel else e.op("Unsqueeze", value, [-1])

@@ -1,0 +1,77 @@
+"""Products of 8-bit codes: both operands are integers, the result is scaled once."""
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from sparc.codegen.onnx.emit import MS, Emitter
+from sparc.codegen.onnx.sites.activation import Codes, unsigned_codes
+from sparc.codegen.onnx.sites.codes import IntMatrix
+from sparc.codegen.onnx.sites.match import Activation
+from sparc.codegen.onnx.sites.product import Product
+from sparc.target import KernelUse
+
+
+def integer_product(e: Emitter, site: Product) -> ir.Value | None:
+    """`decode(quantize(x)) @ decode(w).T + bias` for weights with a scale per row at most.
+
+    tensor: `((q - z) @ (c - y)) * (s * t) + bias`, q, s, z from DynamicQuantizeLinear.
+    token: the same with a scale per row of x.
+    split: the product of the coarse codes plus the product of the fine ones.
+    """
+    w = site.matrix
+    if e.target.flavour == "cuda" or w is None or w.grid.bits != 8 or not w.per_channel:
+        return None
+    if w.grid.zero != "integer" or site.weight.dtype != torch.float32 or len(site.weight.matrix_shape) != 2:
+        return None
+    if site.x.kind == "split":
+        result = _split_product(e, site, w)
+    elif site.x.kind in ("tensor", "token"):
+        result = scaled_product(e, unsigned_codes(e, site.x), w, site.bias)
+    else:
+        return None
+    operator = "MatMulIntegerToFloat" if e.target.contrib else "MatMulInteger"
+    site.carried(e, KernelUse(operator, w.code_bytes + w.grid_bytes))
+    return result
+
+
+def scaled_product(e: Emitter, x: Codes, w: IntMatrix, bias: Any) -> ir.Value:
+    """`(codes - zero) @ (w - y) * scale * t + bias`."""
+    one = e.const(1.0, torch.float32)
+    if e.target.contrib:
+        operands = (x.values, w.codes_transposed(), one if x.per_row else x.scale, w.scale(), x.zero, w.zero_int8())
+        if not x.per_row:
+            return e.op("MatMulIntegerToFloat", *operands, bias, domain=MS)
+        product = e.op("MatMulIntegerToFloat", *operands, domain=MS)
+    else:
+        whole = e.op("MatMulInteger", x.values, w.codes_transposed(), x.zero, w.zero_int8())
+        factor = w.scale() if x.per_row else e.op("Mul", x.scale, w.scale())
+        product = e.op("Mul", e.op("Cast", whole, to=ir.DataType.FLOAT), factor)
+    if x.per_row:
+        product = e.op("Mul", product, x.scale)
+    return product if bias is None else e.op("Add", product, bias)
+
+
+def _split_product(e: Emitter, site: Product, w: IntMatrix) -> ir.Value:
+    """Coarse and fine codes; as one product on stacked rows where their zero points are the same."""
+    assert site.x.halves is not None
+    first, second = site.x.halves
+    coarse, steps = unsigned_codes(e, first), _fine_steps(first, second)
+    scale = e.op("Div", coarse.scale, e.const(steps, torch.float32)) if steps is not None else None
+    fine = unsigned_codes(e, second, scale)
+    if first.spec is not None and first.spec.symmetric and steps is not None:
+        stacked = e.op("Concat", coarse.values, fine.values, axis=0)
+        both = scaled_product(e, Codes(stacked, coarse.scale, coarse.zero), w, None)
+        high, low = e.op("Split", both, axis=0, num_outputs=2, outputs=2)
+        terms = [high, e.op("Mul", low, e.const(1 / steps, torch.float32))]
+        return e.op("Sum", *terms, *([] if site.bias is None else [site.bias]))
+    return e.op("Sum", scaled_product(e, coarse, w, None), scaled_product(e, fine, w, site.bias))
+
+
+def _fine_steps(coarse: Activation, fine: Activation) -> float | None:
+    """How many fine steps make a coarse one, when the fine scale is the coarse one divided by a number."""
+    scale = fine.params[0] if fine.params else None
+    if scale is None or scale.target is not torch.ops.aten.div.Tensor or not isinstance(scale.args[1], (int, float)):
+        return None
+    return float(scale.args[1]) if scale.args[0] is coarse.node.args[0][1] else None  # type: ignore[index]

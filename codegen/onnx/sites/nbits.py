@@ -1,0 +1,130 @@
+"""Weight-only products on packed codes: MatMulNBits."""
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from sparc.codegen.onnx.emit import MS, Emitter
+from sparc.codegen.onnx.sites.codes import IntMatrix
+from sparc.codegen.onnx.sites.product import Product
+from sparc.target import KernelUse
+
+_BLOCKS = (256, 128, 64, 32, 16)
+_FULL, _INT8 = 1, 4
+
+
+def nbits_product(e: Emitter, site: Product) -> ir.Value | None:
+    """`x @ decode(w).T + bias` by MatMulNBits: 4-bit codes, and 8-bit ones where x is quantized by row and block.
+
+    The operator's blocks are the grid's groups, or a power of two that divides them. Accuracy level 4 rounds x to int8
+    by row and block; it is used when, and only when, the program does that itself.
+    """
+    w = site.matrix
+    if not e.target.contrib or w is None or len(site.weight.matrix_shape) != 2:
+        return None
+    block = block_size(w)
+    if block is None:
+        return None
+    quantized = site.x.kind == "block" and site.x.spec is not None and site.x.spec.group == w.grid.group == block
+    if w.grid.bits not in (4, 8) or (w.grid.bits == 8 and not (quantized or e.target.flavour == "cuda")):
+        return None
+    if w.grid.bits == 8 and w.grid.zero == "minimum":
+        return None
+    x = site.x.source if quantized else site.x.node
+    out, reduce = w.shape
+    scale, zero = _scale(w, block), _zero(w, block)
+    product = e.op(
+        "MatMulNBits", x, _codes(w, block), scale, zero, None, None if _has_minimum(w) else site.bias, domain=MS,
+        K=reduce, N=out, bits=w.grid.bits, block_size=block, accuracy_level=_INT8 if quantized else _FULL,
+    )  # fmt: skip
+    if _has_minimum(w):
+        product = e.op("Add", product, _minimum_part(e, w, x, reduce))
+        product = product if site.bias is None else e.op("Add", product, site.bias)
+    groups = -(-reduce // block)
+    each = site.weight.dtype.itemsize + (0 if w.grid.symmetric else 0.5 if w.grid.bits == 4 else 1)
+    site.carried(e, KernelUse("MatMulNBits", int(out * groups * (block * w.grid.bits / 8 + each))))
+    return product
+
+
+def block_size(w: IntMatrix) -> int | None:
+    """The largest of the operator's blocks that divides a group, or the row where it has one scale (else 32)."""
+    reduce = w.shape[1]
+    if not w.per_channel:
+        return next((block for block in _BLOCKS if w.grid.group % block == 0), None)  # type: ignore[operator]
+    return next((block for block in (128, 64, 32, 16) if reduce % block == 0), 32)
+
+
+def _has_minimum(w: IntMatrix) -> bool:
+    return not w.grid.symmetric and w.grid.zero == "minimum"
+
+
+def _codes(w: IntMatrix, block: int) -> ir.Value:
+    """`[out, blocks, bytes of a block]`, uint8, signed codes offset to unsigned; the last block filled up."""
+    out, reduce = w.shape
+    blocks, blob = -(-reduce // block), block * w.grid.bits // 8
+    flip = "flip_sign" if w.grid.bits == 8 and w.grid.symmetric else ""
+    if w.part("codes").shape[-1] == blocks * blob:
+        return w.read("codes", flip or "identity", dims=(out, blocks, blob))
+    return w.read("codes", f"{flip}+pad".lstrip("+"), (out, blocks * blob), dims=(out, blocks, blob))
+
+
+def _scale(w: IntMatrix, block: int) -> ir.Value:
+    """`[out, blocks]`, in the dtype of x."""
+    return w.as_float(_spread(w, w.read("scale"), w.part("scale").shape[-1], block))
+
+
+def _spread(w: IntMatrix, value: ir.Value, groups: int, block: int) -> ir.Value:
+    """Numbers per group as numbers per block; folded when the file is loaded."""
+    out, reduce = w.shape
+    blocks = -(-reduce // block)
+    if w.per_channel:
+        return w.e.op("Expand", value, [out, blocks]) if blocks > 1 or w.grid.group == "tensor" else value
+    repeats = w.grid.group // block  # type: ignore[operator]
+    if repeats == 1:
+        return value
+    wide = w.e.op("Expand", w.e.op("Unsqueeze", value, [2]), [out, groups, repeats])
+    flat = w.e.op("Reshape", wide, [out, groups * repeats])
+    return flat if groups * repeats == blocks else w.e.op("Slice", flat, [0], [blocks], [1])
+
+
+def _zero(w: IntMatrix, block: int) -> ir.Value | None:
+    """Zero points, packed like the codes; None where the operator's default, the middle code, is meant."""
+    out, reduce = w.shape
+    blocks = -(-reduce // block)
+    if w.grid.symmetric:
+        return None
+    if _has_minimum(w):
+        return w.e.op("Expand", w.e.const(0, ir.DataType.UINT8), [out, -(-blocks // 2)])
+    if w.part("zero").shape == (out, blocks):
+        return w.read("zero", "pack4") if w.grid.bits == 4 else w.read("zero")
+    repeats = blocks if w.per_channel else w.grid.group // block  # type: ignore[operator]
+    zeros = w.part("zero").expand(out, -1).repeat_interleave(repeats, dim=1)[:, :blocks].contiguous()
+    return w.e.derived(f"{w.weight.site}_zero_blocks", zeros, "pack4" if w.grid.bits == 4 else "identity")
+
+
+def _minimum_part(e: Emitter, w: IntMatrix, x: Any, reduce: int) -> ir.Value:
+    """`sum over each group of x, times the group's minimum`: what a floating minimum adds to every code."""
+    groups = w.part("minimum").shape[-1]
+    fake = site_fake(x)
+    lead = list(fake.shape[:-1])
+    value = e.value(x)
+    if w.per_channel:
+        sums = e.op("ReduceSum", value, [-1], keepdims=1)
+    else:
+        short = groups * w.grid.group - reduce  # type: ignore[operator]
+        if short:
+            value = e.op("Pad", value, [0, short], None, [-1])
+        split = e.reshape(value, [*lead, reduce + short], [*lead, groups, w.grid.group])
+        sums = e.op("ReduceSum", split, [-1], keepdims=0)
+    minimum = w.as_float(w.read("minimum"))
+    if w.grid.group == "tensor":
+        minimum = e.op("Expand", minimum, [w.shape[0], 1])
+    return e.op("MatMul", sums, e.op("Transpose", minimum, perm=[1, 0]))
+
+
+def site_fake(x: Any) -> torch.Tensor:
+    """The type of an activation."""
+    fake = x.meta["val"]
+    assert isinstance(fake, torch.Tensor)
+    return fake

@@ -1,0 +1,56 @@
+"""A product with an encoded weight: `x @ w.T + bias`, however the program spells it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from sparc.codegen.onnx.emit import Emitter
+from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
+from sparc.codegen.onnx.sites.match import Activation, Encoded, match_activation, match_encoded
+from sparc.target import KernelUse
+
+_MATMULS = ("aten.mm.default", "aten.matmul.default", "aten.bmm.default")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product with an encoded right operand.
+
+    Args:
+        node: the operator.
+        x: the left operand.
+        weight: the right one, as a matrix `[batch..., out, reduce]`.
+        matrix: its integers, if there are any.
+        bias: added to the result; None for nothing.
+    """
+
+    node: fx.Node
+    x: Activation
+    weight: Encoded
+    matrix: IntMatrix | None
+    bias: Any = None
+
+    def carried(self, e: Emitter, kernel: KernelUse) -> None:
+        """Note what carries the weight."""
+        e.carry(self.weight.site, kernel)
+
+
+def match_product(e: Emitter, node: fx.Node) -> Product | None:
+    """The product that a node is; None when its weight is not encoded."""
+    name = str(node.target)
+    if name == "aten.linear.default":
+        x, w, bias = (*node.args, None)[:3]
+        view = "matrix"
+    elif name in _MATMULS:
+        x, w, bias = node.args[0], node.args[1], None
+        view = "transposed"
+    elif name == "aten.addmm.default" and not node.kwargs:
+        bias, x, w = node.args
+        view = "transposed"
+    else:
+        return None
+    weight = match_encoded(e.program, w)
+    if weight is None or str(weight.view) != view:
+        return None
+    return Product(node, match_activation(x), weight, int_matrix(e, weight), bias)

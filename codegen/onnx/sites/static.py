@@ -1,0 +1,87 @@
+"""Static quantization as pairs of QuantizeLinear and DequantizeLinear around ordinary operators: runtimes fuse them."""
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from sparc.codegen.onnx.emit import Emitter
+from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
+from sparc.codegen.onnx.sites.match import Activation, match_activation, match_encoded
+from sparc.codegen.onnx.sites.product import Product
+from sparc.codegen.onnx.table.conv import conv_attributes, convolve
+from sparc.target import KernelUse
+
+_CONVOLUTIONS = tuple(f"aten.conv{rank}d.{overload}" for rank in (1, 2, 3) for overload in ("default", "padding"))
+
+
+def static_product(e: Emitter, site: Product) -> ir.Value | None:
+    """`dequantize(x) @ dequantize(w) + bias` for a static x: ONNX Runtime makes it an integer product."""
+    w = site.matrix
+    if w is None or site.x.kind != "static" or not w.per_channel or w.grid.bits != 8 or w.grid.zero != "integer":
+        return None
+    if len(site.weight.matrix_shape) != 2:
+        return None
+    axis = None if w.grid.group == "tensor" else 1
+    dense = e.op("DequantizeLinear", w.codes_transposed(), w.scale(), w.zero_int8(), axis=axis)
+    product = e.op("MatMul", site.x.node, dense)
+    operator = "QLinearMatMul" if _requantized(site.node) else "MatMulIntegerToFloat"
+    site.carried(e, KernelUse(operator, w.code_bytes + w.grid_bytes))
+    return product if site.bias is None else e.op("Add", product, site.bias)
+
+
+def _requantized(node: fx.Node) -> bool:
+    return bool(node.users) and all(str(user.target) == "sparc.quantize.default" for user in node.users)
+
+
+def convolution(e: Emitter, node: fx.Node) -> ir.Value | None:
+    """A convolution with encoded weights and a static input, in the form that becomes QLinearConv.
+
+    Where the result is quantized too, the bias is rounded to int32 steps of `x_scale * w_scale`, as QLinearConv wants.
+    """
+    if str(node.target) not in _CONVOLUTIONS:
+        return None
+    weight = match_encoded(e.program, node.args[1])
+    w = int_matrix(e, weight) if weight is not None else None
+    if weight is None or w is None or w.grid.bits != 8 or not w.per_channel or w.grid.zero != "integer":
+        return None
+    x = match_activation(node.args[0])
+    if x.kind != "static":
+        return None
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    axis = None if w.grid.group == "tensor" else 0
+    dense = e.op("DequantizeLinear", _kernel(w), w.scale(), w.zero_int8(), axis=axis)
+    fused = _quantized_after(node)
+    shift = None if bias is None else _integer_bias(e, x, w, bias) if fused else e.value(bias)
+    operator = "QLinearConv" if fused else "DequantizeLinear, Conv"
+    e.carry(weight.site, KernelUse(operator, w.code_bytes + w.grid_bytes))
+    return convolve(e, node, node.args[0], dense, shift, conv_attributes(node))
+
+
+def _kernel(w: IntMatrix) -> ir.Value:
+    """Codes `[out, in, *kernel]`, int8."""
+    layout = "identity" if w.grid.symmetric else "flip_sign"
+    return w.read("codes", layout, dims=tuple(w.weight.shape))
+
+
+def _quantized_after(node: fx.Node) -> bool:
+    """Whether the result, or its clipped self, is quantized and nothing else."""
+    users = list(node.users)
+    if len(users) == 1 and str(users[0].target) in ("aten.relu.default", "aten.relu6.default", "aten.hardtanh.default"):
+        return _quantized_after(users[0])
+    return _requantized(node)
+
+
+def _integer_bias(e: Emitter, x: Activation, w: IntMatrix, bias: Any) -> ir.Value:
+    """The bias as int32 codes on the scale of the integer product; computed while emitting where all of it is known."""
+    tensor, scale = e.program.weight(bias), e.program.weight(x.params[0])
+    if tensor is None or scale is None or tensor.dtype != torch.float32:
+        return e.value(bias)
+    steps = (scale.float().reshape(()) * w.part("scale").float().reshape(-1)).expand(tensor.shape[0]).contiguous()
+    numbers = torch.round(tensor.double() / steps.double())
+    if bool((numbers.abs() >= 2**31 - 1).any()):
+        return e.value(bias)
+    name = f"{w.weight.site}_bias"
+    codes = e.derived(f"{name}_codes", numbers.to(torch.int32))
+    return e.op("DequantizeLinear", codes, e.derived(f"{name}_scale", steps), axis=0)

@@ -1,0 +1,200 @@
+"""Encoded weights and quantized activations: every flavour computes what the program computes."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparc.capture import capture
+from sparc.codegen.onnx.check import check_model
+from sparc.encoding.int_grid import IntGrid
+from sparc.program import Program
+from tests.codegen.emitting import FLAVOURS, assert_agrees, emit, operators, optimized
+from tests.codegen.encoding import encode_weights, quantize_input
+
+torch.manual_seed(1)
+EXACT = 1e-5
+
+
+class Linear(nn.Module):
+    def __init__(self, reduce: int = 64, out: int = 24, bias: bool = True) -> None:
+        super().__init__()
+        self.fc = nn.Linear(reduce, out, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def linear(reduce: int = 64, bias: bool = True, rank: int = 3) -> tuple[Program, Tensor]:
+    x = torch.randn(*(2, 5, reduce)[-rank:])
+    return capture(Linear(reduce, bias=bias), (x,)), x
+
+
+def check(program: Program, x: Tensor, flavour: str, tolerance: float = EXACT, **options: int) -> list[str]:
+    emission = emit(program, flavour, **options)
+    check_model(emission.models["forward"])
+    assert_agrees(program, emission, [x], tolerance)
+    return operators(emission)
+
+
+GRIDS = [
+    IntGrid(8),
+    IntGrid(8, "tensor"),
+    IntGrid(8, symmetric=False),
+    IntGrid(8, symmetric=False, zero="minimum"),
+    IntGrid(8, 32),
+    IntGrid(8, 32, symmetric=False),
+    IntGrid(4, 32),
+    IntGrid(4, 16, symmetric=False),
+    IntGrid(4, 32, symmetric=False, zero="minimum"),
+    IntGrid(4),
+    IntGrid(4, "tensor"),
+    IntGrid(4, symmetric=False),
+    IntGrid(4, 48),
+    IntGrid(4, 48, symmetric=False),
+    IntGrid(4, 10),
+    IntGrid(4, 32, scale_dtype="float16"),
+    IntGrid(2, 16),
+    IntGrid(4, symmetric=False, zero="minimum"),
+    IntGrid(4, 96, symmetric=False, zero="minimum"),
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("reduce", [64, 80, 51])
+def test_weight_only(grid: IntGrid, flavour: str, reduce: int) -> None:
+    program, x = linear(reduce)
+    check(encode_weights(program, grid), x, flavour)
+
+
+@pytest.mark.parametrize(("rank", "bias"), list(itertools.product((1, 2), (True, False))))
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_ranks(rank: int, bias: bool, flavour: str) -> None:
+    program, x = linear(64, bias, rank)
+    check(encode_weights(program, IntGrid(4, 32)), x, flavour)
+    check(encode_weights(program, IntGrid(8)), x, flavour)
+
+
+@pytest.mark.parametrize(
+    "kind", ["tensor", "tensor symmetric", "token", "split", "stack", "static", "minimum", "block"]
+)
+@pytest.mark.parametrize(
+    "grid", [IntGrid(8), IntGrid(8, "tensor"), IntGrid(8, symmetric=False), IntGrid(4, 32)], ids=str
+)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_activations(kind: str, grid: IntGrid, flavour: str) -> None:
+    program, x = linear()
+    check(quantize_input(encode_weights(program, grid), kind), x, flavour)
+
+
+class Convolution(nn.Module):
+    def __init__(self, groups: int = 1, rank: int = 2, activation: bool = False) -> None:
+        super().__init__()
+        self.conv = (nn.Conv1d, nn.Conv2d)[rank - 1](4, 8, 3, padding=1, stride=2, groups=groups)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return nn.functional.relu6(y) if self.activation else y
+
+
+@pytest.mark.parametrize(
+    "grid", [IntGrid(8), IntGrid(8, "tensor"), IntGrid(8, symmetric=False), IntGrid(4, 12), IntGrid(8, 7)], ids=str
+)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kind", ["", "static"])
+def test_convolution(grid: IntGrid, flavour: str, groups: int, kind: str) -> None:
+    x = torch.randn(2, 4, 9, 9)
+    program = encode_weights(capture(Convolution(groups), (x,)), grid)
+    check(quantize_input(program, kind) if kind else program, x, flavour)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_convolutions_of_other_kinds(flavour: str) -> None:
+    x = torch.randn(2, 4, 9)
+    check(encode_weights(capture(Convolution(rank=1), (x,)), IntGrid(8)), x, flavour)
+    x = torch.randn(2, 4, 5, 5)
+    for groups in (1, 2):
+        transposed = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups, output_padding=1))
+        check(encode_weights(capture(transposed, (x,)), IntGrid(8, 5)), x, flavour)
+
+
+class Tied(nn.Module):
+    """A table read as rows and as a product."""
+
+    def __init__(self, features: int = 64) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, features)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids).tanh() @ self.table.weight.t()
+
+
+class TiedHead(Tied):
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.table(ids).tanh(), self.table.weight)
+
+
+class Table(Tied):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_embedding(grid: IntGrid, flavour: str) -> None:
+    ids = torch.randint(0, 40, (3, 7))
+    for features in (64, 51):
+        check(encode_weights(capture(Table(features), (ids,)), grid), ids, flavour, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "grid", [IntGrid(8), IntGrid(8, symmetric=False), IntGrid(4, 32), IntGrid(4, 32, symmetric=False)], ids=str
+)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_tied_weights_are_stored_once(grid: IntGrid, flavour: str) -> None:
+    ids = torch.randint(0, 40, (3, 7))
+    program = encode_weights(capture(TiedHead(), (ids,)), grid)
+    emission = emit(program, flavour)
+    assert_agrees(program, emission, [ids], EXACT)
+    assert_agrees(quantize_input(program, "split"), emit(quantize_input(program, "split"), flavour), [ids], EXACT)
+    if flavour == "cpu":
+        parts = sum(program.weights[name].nbytes for name in program.weights)
+        assert sum(stored.tensor.nbytes for stored in emission.stored) <= parts
+
+
+def test_tied_dense_weight_is_stored_once() -> None:
+    ids = torch.randint(0, 40, (3, 7))
+    program = capture(TiedHead(), (ids,))
+    for flavour in FLAVOURS:
+        emission = emit(program, flavour)
+        assert_agrees(program, emission, [ids])
+        assert [stored.name for stored in emission.stored] == ["table.weight"]
+
+
+class Block(nn.Module):
+    """A convolution, its activation and a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(nn.functional.relu6(self.first(x)))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_integer_convolution(flavour: str, tmp_path: Path) -> None:
+    """Between two static quantizations the runtime makes it one integer operator, a step of its output away at most."""
+    x = torch.rand(2, 4, 9, 9) * 2
+    program = encode_weights(capture(Block(), (x,)), IntGrid(8))
+    program = quantize_input(program, "static", params=(6 / 255, 0))
+    emission = emit(program, flavour)
+    check_model(emission.models["forward"])
+    assert_agrees(program, emission, [x], 6 / 255)
+    assert emission.kernels["first.weight"].operator == "QLinearConv"
+    assert "QLinearConv" in optimized(emission, tmp_path)
