@@ -92,7 +92,7 @@ def run_all(run: Callable[[Sequence[Tensor]], list[Any]], batches: Sequence[list
 def summarize(
     reference: Program, program: Program, emission: Emission, samples: Samples, target: str, dense_bytes: int
 ) -> Summary:
-    """Whole-model sizes and output errors of the artifact, in the target's runtime, on held-out inputs.
+    """Check the emission, and state sizes and output errors of the artifact in the target's runtime on held-out inputs.
 
     Args:
         reference: the captured model.
@@ -101,23 +101,22 @@ def summarize(
         samples: held-out inputs.
         target: the target's name.
         dense_bytes: bytes of the captured model's weights.
+
+    Raises:
+        LoweringError: SPARC402 or SPARC404 when the emission does not compute what the program computes.
     """
     entry = next(iter(program.entries))
     batches = samples.held_out[entry][:4]
-    runner = emission.runner(entry)
-    expected = run_all(lambda tensors: reference.run_flat(list(tensors), entry=entry), batches)
-    actual = run_all(runner, batches)
     names = program.main.signature.output_names
+    expected = run_all(lambda tensors: reference.run_flat(list(tensors), entry=entry), batches)
+    parity = emission.check(program, {entry: batches[0]}, {entry: dict(zip(names, expected[0], strict=True))})
     stored = sum(stored.tensor.nbytes for stored in emission.stored)
     resident = (
         stored + sum(kernel.resident_bytes for kernel in emission.kernels.values()) - _carried_bytes(program, emission)
     )
     summary = Summary(target, "synthetic" if samples.synthetic else "held out", dense_bytes, stored, resident)
-    summary.errors = output_errors(names, expected, actual)
-    lowered = output_errors(
-        names, run_all(lambda tensors: program.run_flat(list(tensors), entry=entry), batches[:1]), actual[:1]
-    )
-    summary.parity = {name: figures["relative error"] for name, figures in lowered.items()}
+    summary.errors = output_errors(names, expected, run_all(emission.runner(entry), batches))
+    summary.parity = parity
     return summary
 
 

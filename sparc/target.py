@@ -64,6 +64,25 @@ class Emission(Protocol):
         """A callable on one tensor per placeholder, in the target's runtime."""
         ...
 
+    def check(
+        self, program: Program, inputs: Mapping[str, Sequence[Tensor]], reference: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, float]:
+        """Check that what was emitted is valid and computes what the program computes.
+
+        Args:
+            program: what was emitted.
+            inputs: for each entry to run, one tensor per placeholder.
+            reference: for each entry, the uncompressed model's outputs by name: where the program quantizes activations,
+                an output may differ by half the program's own error.
+
+        Returns:
+            For each output, its largest relative difference from the program's.
+
+        Raises:
+            LoweringError: SPARC402 or SPARC404.
+        """
+        ...
+
     def files(self, spans: Mapping[str, Span]) -> Mapping[str, bytes]:
         """The target's own files for the artifact's folder; their tensors live in `weights.safetensors`.
 

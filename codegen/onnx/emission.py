@@ -10,9 +10,11 @@ import onnx
 from torch import Tensor
 
 from sparc import codes
+from sparc.codegen.onnx.check import check_model, check_parity
 from sparc.codegen.onnx.runtime import OnnxRunner, has_cuda
 from sparc.codegen.onnx.store import raw_bytes, stored_name
 from sparc.diag import ArtifactError
+from sparc.program import Program
 from sparc.target import KernelUse, Span, StoredTensor
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -56,6 +58,31 @@ class OnnxEmission:
         """
         cuda = self.target == "onnx:cuda" and has_cuda()
         return OnnxRunner(self._model(entry), self._by_name(), threads=threads, cuda=cuda, options=options)
+
+    def check(
+        self, program: Program, inputs: Mapping[str, Sequence[Tensor]], reference: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, float]:
+        """Every model is valid ONNX, and computes in ONNX Runtime what the program computes; see `check_parity`.
+
+        Args:
+            program: what was emitted.
+            inputs: for each entry to run, one tensor per input.
+            reference: for each entry, the uncompressed model's outputs by name.
+
+        Returns:
+            For each output of the entries that ran, its largest relative difference.
+
+        Raises:
+            LoweringError: SPARC402, SPARC404.
+        """
+        for model in self.models.values():
+            check_model(model)
+        found = {}
+        for entry, tensors in inputs.items():
+            run = self.runner(entry)
+            for parity in check_parity(program, run, tensors, entry=entry, reference=reference.get(entry)):
+                found[parity.output] = parity.difference
+        return found
 
     def files(self, spans: Mapping[str, Span]) -> dict[str, bytes]:
         """The model files, whose external data points into `weights.safetensors`.
