@@ -209,7 +209,7 @@ def _read_file(path: Path, registry: Names) -> Recipe:
     return Recipe.from_toml(text, registry)
 
 
-# steps ----------------------------------------------------------------------------------------------------------------
+# steps --------------------------------------------------------------------------------------------------------------
 def _read_step(number: int, table: Mapping[str, Any], registry: Names) -> Step:
     name = table.get("pass")
     if not isinstance(name, str):

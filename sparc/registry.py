@@ -127,7 +127,7 @@ class Registry:
         self.owners = owners
         self.kernels.extend(extension.kernels)
 
-    # looking up -------------------------------------------------------------------------------------------------------
+    # looking up -----------------------------------------------------------------------------------------------------
     def pass_type(self, name: str) -> type[Pass]:
         """The class of a pass.
 
@@ -155,7 +155,7 @@ def _look_up(kind: str, kinds: str, table: Mapping[str, Named], name: str) -> Na
     return table[name]
 
 
-# extensions -----------------------------------------------------------------------------------------------------------
+# extensions ---------------------------------------------------------------------------------------------------------
 def check_extension(extension: Extension) -> None:
     """Check that everything in an extension can be registered.
 

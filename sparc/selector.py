@@ -189,7 +189,7 @@ def _names(site: Selectable) -> tuple[str, ...]:
     return (site.weight, *site.origins)
 
 
-# matching nothing -----------------------------------------------------------------------------------------------------
+# matching nothing ---------------------------------------------------------------------------------------------------
 def _check_matches(
     step: Selecting, pattern: Pattern, sites: Sequence[Selectable], others: Sequence[Unselectable]
 ) -> None:
@@ -242,7 +242,7 @@ def _matches_nothing(step: Selecting, pattern: Pattern, suggestion: str) -> Pass
     )
 
 
-# parsing --------------------------------------------------------------------------------------------------------------
+# parsing ------------------------------------------------------------------------------------------------------------
 def _parse_pattern(text: str) -> Pattern:
     body = text.removeprefix("!")
     name, at, operator = body.partition("@")
