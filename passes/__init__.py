@@ -13,11 +13,14 @@ def extension() -> Extension:
     from sparc.encoding.int_grid import IntGrid
     from sparc.encoding.nm import NM
     from sparc.passes.activation.dynamic import QuantizeActivations
-    from sparc.passes.clean import MergeCommon, RemoveDead, RemoveNoOps
-    from sparc.passes.constants import FoldConstants
+    from sparc.passes.canonicalize import Canonicalize
+    from sparc.passes.clean import RemoveDead
     from sparc.passes.encode import Encode
+    from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
     from sparc.passes.recipes import recipes
     from sparc.passes.round import Round
 
-    passes = (RemoveNoOps, FoldConstants, MergeCommon, RemoveDead, Round, QuantizeActivations, Encode)
+    steps = {type(step): None for step in Canonicalize().steps()}
+    passes = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
+    passes = (*passes, Round, QuantizeActivations, Encode)
     return Extension("sparc", passes=passes, encodings=(Dense, IntGrid, NM, Blocks), recipes=recipes())

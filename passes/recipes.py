@@ -3,9 +3,9 @@
 from sparc.encoding.int_grid import IntGrid
 from sparc.pass_base import Pass
 from sparc.passes.activation.dynamic import QuantizeActivations
-from sparc.passes.clean import MergeCommon, RemoveDead, RemoveNoOps
-from sparc.passes.constants import FoldConstants
+from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.encode import Encode
+from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
 from sparc.passes.round import Round
 from sparc.recipe import Recipe, Step
 
@@ -15,7 +15,7 @@ INT4 = IntGrid(bits=4, group=32, symmetric=False)
 
 def prepare() -> tuple[Pass, ...]:
     """What every recipe starts with: the same function in fewer, raised operators."""
-    return (RemoveNoOps(), FoldConstants(), MergeCommon(), RemoveDead())
+    return (Canonicalize(), fold_batch_norm, fold_batch_norm_before)
 
 
 def _recipe(name: str, *steps: Pass | Step) -> Recipe:

@@ -1,7 +1,7 @@
 """compile(): the whole pipeline, readable top to bottom."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,12 @@ def compile(
     diagnostics = Diagnostics()
     known = registry(diagnostics)
     place = known.target(target.removesuffix(":cpu"))
-    chosen = legalized(resolve_recipe(recipe, known), place, known)
+    chosen = resolve_recipe(recipe, known)
     check_verify(verify)
     captured = _capture(model, example_inputs, dynamic, diagnostics)
     samples = make_samples(captured, example_inputs, data, diagnostics)
     driver = Driver(captured, samples, diagnostics, verify=verify)
-    baseline = run_steps(driver, chosen)
+    baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])
     context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
     emission = place.emit(driver.program, context)
     artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml())
@@ -139,23 +139,22 @@ def check_verify(verify: str) -> None:
         )
 
 
-def legalized(recipe: Recipe, target: Target, known: Registry) -> Recipe:
-    """The recipe with the passes that the target needs, put before the first step that encodes."""
-    first = next((index for index, step in enumerate(recipe.steps) if step.pass_.stage >= Stage.ENCODE), None)
-    if first is None:
-        return recipe
-    wanted = [known.pass_type(name)(**options) for name, options in target.legalizations]
-    extra = [Step(each) for each in wanted if all(step.pass_ != each for step in recipe.steps)]
-    return replace(recipe, steps=(*recipe.steps[:first], *extra, *recipe.steps[first:]))
+def run_steps(driver: Driver, recipe: Recipe, legalizations: Iterable[Pass] = ()) -> Program:
+    """Run a recipe's steps; returns the program before the first step that approximates.
 
-
-def run_steps(driver: Driver, recipe: Recipe) -> Program:
-    """Run a recipe's steps; returns the program before the first step that approximates."""
+    Sites are assigned to steps once, when the graph has its final operators: after the last fold. What the target needs
+    is run just before the first step that encodes.
+    """
     baseline = driver.program
+    claimed: list[set[str]] | None = None
+    wanted = list(legalizations)
     for index, step in enumerate(recipe.steps):
-        claimed = assign(recipe.steps, *find_sites(driver.program))[index]
+        if claimed is None and step.pass_.stage > Stage.FOLD:
+            claimed = assign(recipe.steps, *find_sites(driver.program))
+        while wanted and step.pass_.stage >= Stage.ENCODE:
+            driver.run(wanted.pop(0), "* (for the target)")
         where = step.where if isinstance(step.where, str) else ", ".join(step.where)
-        driver.run(step.pass_, where, partial(_claims, claimed))
+        driver.run(step.pass_, where, partial(_claims, claimed[index]) if claimed is not None else None)
         if step.pass_.stage < Stage.MASK:
             baseline = driver.program
     return baseline
