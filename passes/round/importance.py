@@ -1,28 +1,56 @@
 """What a rounding error in each column of a site costs."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, fx
 
-from sparc.analysis.sites import Site
+from sparc.analysis.sites import Site, Use
 from sparc.pass_base import PassContext
 from sparc.program import Program
 
 
 def column_importance(program: Program, site: Site, context: PassContext) -> Tensor | None:
-    """`[reduce]` float32: the mean square of each input column, averaged over the site's uses; None when nothing is known.
+    """The mean square of the input that each element of a site's matrix meets, averaged over the site's uses.
 
-    An error in column j of the weight changes the output by that error times the input's column j, so squared errors are
-    weighted by the input's mean square.
+    An error in an element changes the output by that error times the element's input, so squared errors cost the input's mean
+    square (Wanda, Sun et al. 2023, prunes by it; AWQ, Lin et al. 2023, scales by it).
+
+    Returns:
+        Float32 `[reduce]`, or `[batch..., out, reduce]` for convolutions, whose groups read different inputs. None when calibration
+        measured no input of the site.
     """
-    found = [measured(use.input, context) for use in site.uses if isinstance(use.input, fx.Node)]
-    known = [moments for moments in found if moments is not None]
-    columns = site.view.matrix_shape(program.weights[site.weight].shape)[-1]
-    if not known or any(moments.numel() != columns for moments in known):
+    weight = program.weights[site.weight]
+    found = [_of_use(use, weight, context) for use in site.uses]
+    known = [importance for importance in found if importance is not None]
+    return torch.stack(known).mean(0) if known else None
+
+
+def input_moments(program: Program, context: PassContext) -> Iterator[tuple[fx.Node, str]]:
+    """The statistics that `column_importance` wants of the selected sites, as (node, kind)."""
+    for site in context.sites(program):
+        for use in site.uses:
+            if isinstance(use.input, fx.Node):
+                yield use.input, _kind(use, program.weights[site.weight])
+
+
+def _kind(use: Use, weight: Tensor) -> str:
+    return f"moments:{1 - weight.ndim}" if use.operator.startswith("conv") else "moments"
+
+
+def _of_use(use: Use, weight: Tensor, context: PassContext) -> Tensor | None:
+    if context.statistics is None or not isinstance(use.input, fx.Node):
         return None
-    return torch.stack(known).mean(0).float()
-
-
-def measured(node: fx.Node, context: PassContext) -> Tensor | None:
-    """The mean square of each channel of a node's value, from calibration."""
-    moments = context.statistics(node, "moments") if context.statistics is not None else None
-    return moments[1] if moments is not None else None
+    moments = context.statistics(use.input, _kind(use, weight))
+    if moments is None:
+        return None
+    square = moments[1].float()
+    if use.operator == "conv":
+        groups = square.numel() // weight.shape[1]
+        square = square.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
+    elif use.operator == "conv_transposed":
+        square = square.unsqueeze(1)
+    else:
+        return square
+    spatial = [1] * (weight.ndim - 2)
+    return use.view.to_matrix(square.reshape(*square.shape, *spatial).expand(weight.shape))

@@ -1,17 +1,19 @@
-"""Rounding weights to a grid: to nearest, over the whole range or with a search for the best clip."""
+"""Rounding weights to a grid: to nearest, over the whole range or with a search for the grid of least error."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from sparc.analysis.sites import Site
 from sparc.contract import Approximate
 from sparc.encoding.base import Encoding
+from sparc.encoding.compose import compose, refit
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.operators import round_weight
 from sparc.pass_base import Pass, PassContext, Stage
-from sparc.passes.round.importance import column_importance
+from sparc.passes.round.importance import column_importance, input_moments
 from sparc.program import Program
 
 
@@ -22,8 +24,8 @@ class Round(Pass):
     Args:
         encoding: the grid's encoding.
         search: look for the grid with the least squared error instead of covering the whole range.
-        importance: what an error in a column costs: `none` (the same in every column), `norm` (estimated from the norms and weights before
-            the site, without data) or `data` (mean square of the input column, from calibration).
+        importance: what a squared error in a column costs: `none` (the same in every column) or `data` (the mean square of the input
+            column, from calibration).
         floor: a site whose signal-to-noise ratio in decibels falls below is restored, with a remark.
     """
 
@@ -32,7 +34,7 @@ class Round(Pass):
 
     encoding: Encoding = field(default=IntGrid())
     search: bool = False
-    importance: Literal["none", "norm", "data"] = "none"
+    importance: Literal["none", "data"] = "none"
     floor: float | None = None
 
     @property
@@ -45,30 +47,22 @@ class Round(Pass):
         """Every site's signal-to-noise ratio is measured, and held to the floor."""
         return Approximate("snr_db", self.floor)
 
+    def watches(self, program: Program, context: PassContext) -> Iterator[tuple[fx.Node, str]]:
+        """The inputs of the selected sites, per channel."""
+        return input_moments(program, context) if self.needs else iter(())
+
     def run(self, program: Program, context: PassContext) -> None:
         """Round every selected site."""
         for site in context.sites(program):
-            weight = program.weights[site.weight]
-            encoding = self._encoding(program, site)
+            encoding = _encoding(program, site, self.encoding)
             if encoding is None:
                 continue
-            shape = site.view.matrix_shape(weight.shape)
-            why = encoding.accepts(shape) or _too_small(encoding, shape, weight)
+            why = _unsuitable(program, site, encoding)
             if why:
                 context.skip(site.weight, why, site.location)
-                continue
-            if not context.edit():
-                continue
-            importance = None if self.importance == "none" else column_importance(program, site, context)
-            round_site(program, site, encoding, importance, self.search)
-
-    def _encoding(self, program: Program, site: Site) -> Encoding | None:
-        """The encoding the site will have; None when it lies on such a grid already."""
-        grid = program.grid(site.weight)
-        if grid is None:
-            return self.encoding
-        wanted = grid.spec.compose(self.encoding)
-        return None if wanted == grid.spec else wanted
+            elif context.edit():
+                importance = column_importance(program, site, context) if self.needs else None
+                round_site(program, site, self.encoding, importance, self.search)
 
 
 def round_site(program: Program, site: Site, encoding: Encoding, importance: Tensor | None, search: bool) -> None:
@@ -76,17 +70,31 @@ def round_site(program: Program, site: Site, encoding: Encoding, importance: Ten
 
     Args:
         program: is edited.
-        site: whose weight.
+        site: whose weight; a mask it has is kept.
         encoding: the grid's encoding; it accepts the weight's matrix.
-        importance: `[reduce]`, the cost of a squared error in each column; None for uniform.
+        importance: `[reduce]` or `[batch..., out, reduce]`, the cost of a squared error; None for uniform.
         search: minimise the error instead of covering the range.
     """
     weight = program.weights[site.weight]
-    grid = encoding.fit(site.view.to_matrix(weight), importance=importance, search=search)
+    grid = refit(program.grid(site.weight), site.view.to_matrix(weight), encoding, importance=importance, search=search)
     grid = replace(grid, view=str(site.view))
     program.set_weight(site.weight, round_weight(weight, grid), grid)
 
 
-def _too_small(encoding: Encoding, shape: tuple[int, ...], weight: Tensor) -> str | None:
-    encoded = int(encoding.bytes(shape))
-    return f"it would take {encoded} bytes as {encoding} and takes {weight.nbytes} as it is" if encoded >= weight.nbytes else None
+def _encoding(program: Program, site: Site, wanted: Encoding) -> Encoding | None:
+    """The encoding the site will have; None when its weight lies on such a grid already."""
+    grid = program.grid(site.weight)
+    if grid is None:
+        return wanted
+    composed = compose(grid.spec, wanted)
+    return None if composed == grid.spec else composed
+
+
+def _unsuitable(program: Program, site: Site, encoding: Encoding) -> str | None:
+    """Why a site cannot be rounded, or would not get smaller."""
+    weight = program.weights[site.weight]
+    shape = site.view.matrix_shape(weight.shape)
+    why = encoding.accepts(shape)
+    if why is None and int(encoding.bytes(shape)) >= weight.nbytes:
+        why = f"it takes {weight.nbytes} bytes as it is and {int(encoding.bytes(shape))} as {encoding}"
+    return why
