@@ -17,10 +17,11 @@ def extension() -> Extension:
     from sparc.passes.clean import RemoveDead
     from sparc.passes.encode import Encode
     from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
+    from sparc.passes.prune import Prune
     from sparc.passes.recipes import recipes
     from sparc.passes.round import Round
 
     steps = {type(step): None for step in Canonicalize().steps()}
     passes = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
-    passes = (*passes, Round, QuantizeActivations, Encode)
+    passes = (*passes, Prune, Round, QuantizeActivations, Encode)
     return Extension("sparc", passes=passes, encodings=(Dense, IntGrid, NM, Blocks), recipes=recipes())

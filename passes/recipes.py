@@ -1,11 +1,14 @@
 """The recipes sparc ships, by name."""
 
+from sparc.encoding.blocks import Blocks
 from sparc.encoding.int_grid import IntGrid
+from sparc.encoding.nm import NM
 from sparc.pass_base import Pass
 from sparc.passes.activation.dynamic import QuantizeActivations
 from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.encode import Encode
 from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
+from sparc.passes.prune import Prune
 from sparc.passes.round import Round
 from sparc.recipe import Recipe, Step
 
@@ -29,11 +32,16 @@ def recipes() -> dict[str, Recipe]:
     - `dense`: nothing is compressed; the graph is cleaned and raised.
     - `w8`: weights in 8 bits per output channel.
     - `w4`: weights in 4 bits per group of 32, embeddings (and a head tied to one) in 8.
-    - `w8a8`: weights in 8 bits, activations quantized as they come, per tensor or per token, whichever pays at each site.
+    - `w8a8`: weights in 8 bits, activations quantized as they come, per tensor or per token, whichever pays at each
+    site.
+    - `sparse24-w8`: two of every four weights, in 8 bits; embeddings only rounded.
+    - `blocks64-w8`: half of the blocks of 64×64, in 8 bits; embeddings only rounded.
     """
     return {
         "dense": Recipe(tuple(Step(each) for each in prepare()), name="dense"),
         "w8": _recipe("w8", Round(INT8)),
-        "w4": _recipe("w4", Round(INT4, search=True, importance="norm"), Step(Round(INT8), where="@embedding")),
+        "w4": _recipe("w4", Round(INT4, search=True), Step(Round(INT8), where="@embedding")),
         "w8a8": _recipe("w8a8", Round(INT8), QuantizeActivations()),
+        "sparse24-w8": _recipe("sparse24-w8", Prune(NM(2, 4)), Round(INT8)),
+        "blocks64-w8": _recipe("blocks64-w8", Prune(Blocks((64, 64)), density=0.5), Round(INT8)),
     }
