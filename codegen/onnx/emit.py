@@ -134,7 +134,7 @@ class Emitter:
             if isinstance(node.target, OpOverload)
             else getattr(node.target, "__name__", str(node.target))
         )
-        translation = self.table.get(name)
+        translation = self.table.get(f"complex {name}" if _is_complex(node) and name != "getitem" else name)
         if translation is not None:
             result = translation(self, node, *node.args, **node.kwargs)
             if result is not None:
@@ -160,7 +160,8 @@ class Emitter:
         if value.type is not None and value.shape is not None:
             return
         value.type = ir.TensorType(onnx_type(fake.dtype))
-        value.shape = ir.Shape([_dim(size, self.entry) for size in fake.shape])
+        pair = [2] if fake.dtype.is_complex else []
+        value.shape = ir.Shape([*[_dim(size, self.entry) for size in fake.shape], *pair])
 
     def _outputs(self) -> list[ir.Value]:
         outputs: list[ir.Value] = []
@@ -188,6 +189,10 @@ class Emitter:
         if isinstance(arg, (torch.SymInt, int)):
             return self.sizes.scalar(arg)
         raise LoweringError(codes.NO_TRANSLATION, f"{arg!r} is no tensor")
+
+    def assign(self, node: fx.Node, value: Any) -> None:
+        """Give a node of a decomposition the value it stands for."""
+        self._values[node] = value
 
     def result(self, node: fx.Node) -> Any:
         """What a node was translated to: a value, several, or a size."""
@@ -305,6 +310,12 @@ class Emitter:
         if 0 in after:
             return self.op("Reshape", x, self.sizes.vector(after), allowzero=1)
         return self.op("Reshape", x, self.sizes.vector(target))
+
+
+def _is_complex(node: fx.Node) -> bool:
+    """Whether complex numbers go in or come out: they are pairs on a last axis, translated by tables of their own."""
+    values = [each.meta.get("val") for each in (node, *node.all_input_nodes)]
+    return any(isinstance(value, Tensor) and value.dtype.is_complex for value in values)
 
 
 def _dim(size: Any, entry: Entry) -> int | str:

@@ -1,4 +1,4 @@
-"""What our table lacks: torch.onnx's own translations, called one node at a time."""
+"""What our table lacks: torch.onnx's own translations, called one node at a time, else torch's decompositions."""
 
 import functools
 import logging
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.onnx._internal.exporter import _building, _dispatching, _registration, _tensors
 
 from sparc import codes
+from sparc.codegen.onnx.decompose import decomposition, emit_decomposed
 from sparc.codegen.onnx.emit import Emitter, Result
 from sparc.codegen.onnx.types import onnx_type
 from sparc.diag import LoweringError
@@ -54,6 +55,9 @@ def fallback(e: Emitter, node: fx.Node) -> Result:
             raise
         except Exception as error:  # translations of the registry raise whatever they like
             why = f"torch.onnx's translation failed: {_innermost(error)}"
+    graph = decomposition(e, node)
+    if graph is not None:
+        return emit_decomposed(e, node, graph)
     raise LoweringError(
         codes.NO_TRANSLATION, f"operator {node.target} has no translation to ONNX", where=location(node), why=why
     )
@@ -114,7 +118,8 @@ class _Trace:
         made = _tensors.SymbolicTensor(self._opset, name=value.name)
         if isinstance(fake, Tensor):
             made.type = ir.TensorType(onnx_type(fake.dtype))
-            made.shape = ir.Shape([size if isinstance(size, int) else None for size in fake.shape])
+            pair = [2] if fake.dtype.is_complex else []
+            made.shape = ir.Shape([*[size if isinstance(size, int) else None for size in fake.shape], *pair])
         else:
             made.type, made.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([])
         self._real[made] = value
@@ -172,4 +177,12 @@ def _upgrade_grid_sample(e: Emitter, node: ir.Node) -> None:
         node.attributes["mode"] = ir.AttrString("mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
 
 
-_UPGRADES: dict[str, Callable[[Emitter, ir.Node], None]] = {"GridSample": _upgrade_grid_sample}
+def _upgrade_fourier(e: Emitter, node: ir.Node) -> None:
+    """Opset 20 made the axis an input."""
+    if e.target.opset >= 20 and "axis" in node.attributes:
+        axis = e.const(node.attributes.pop("axis").as_int(), torch.int64)
+        node.resize_inputs(3)
+        node.replace_input_with(2, axis)
+
+
+_UPGRADES: dict[str, Callable[[Emitter, ir.Node], None]] = {"GridSample": _upgrade_grid_sample, "DFT": _upgrade_fourier}

@@ -22,12 +22,12 @@ _TYPES = {
     torch.uint16: ir.DataType.UINT16,
     torch.uint32: ir.DataType.UINT32,
     torch.uint64: ir.DataType.UINT64,
-    torch.complex64: ir.DataType.COMPLEX64,
-    torch.complex128: ir.DataType.COMPLEX128,
+    torch.complex64: ir.DataType.FLOAT,  # pairs on a last axis, as torch.onnx's translations have them
+    torch.complex128: ir.DataType.DOUBLE,
     torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
     torch.float8_e5m2: ir.DataType.FLOAT8E5M2,
 }
-_TORCH = {onnx: torch_dtype for torch_dtype, onnx in _TYPES.items()}
+_TORCH = {onnx: torch_dtype for torch_dtype, onnx in _TYPES.items() if not torch_dtype.is_complex}
 
 
 def onnx_type(dtype: torch.dtype) -> ir.DataType:

@@ -5,6 +5,7 @@ from sparc.codegen.onnx.table import (
     activation,
     arithmetic,
     attention,
+    complex,
     conv,
     create,
     index,
@@ -25,4 +26,5 @@ TABLE: dict[str, Translation] = {
     **conv.TABLE,
     **index.TABLE,
     **attention.TABLE,
+    **{f"complex {name}": translation for name, translation in complex.COMPLEX.items()},
 }

@@ -1,0 +1,208 @@
+"""Rotary position embeddings: `x * cos + rotate_half(x) * sin` as `RotaryEmbedding`."""
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from sparc.codegen.onnx.fuse.heads import put_merged, rows_of, same, split
+from sparc.codegen.onnx.fuse.plan import Plan
+from sparc.pattern import match, trace
+from sparc.program import Program, is_weight
+
+if TYPE_CHECKING:
+    from sparc.codegen.onnx.emit import Emitter
+
+aten = torch.ops.aten
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_POINTWISE = (aten.cos.default, aten.sin.default, aten.to.dtype, aten.neg.default, aten.mul.Scalar, aten.clone.default)
+
+_HALVES = trace(
+    lambda op, x, cos, sin, d, e, low, high, half, far: op.add(
+        op.mul(x, cos),
+        op.mul(op.cat([op.neg(op.slice(x, d, half, far)), op.slice(x, d, low, high)], e), sin),
+    )
+)
+_PAIRS = trace(
+    lambda op, x, cos, sin, d, e, shape, low, high, half, far: op.add(
+        op.mul(x, cos),
+        op.mul(op.reshape(op.stack([op.neg(op.slice(x, d, half, far, 2)), op.slice(x, d, low, high, 2)], e), shape), sin),
+    )
+)
+_PARTIAL = trace(lambda op, turned, x, d, e, low, far: op.cat([turned, op.slice(x, d, low, far)], e))
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A rotary embedding.
+
+    Args:
+        x: what is turned, 4-D.
+        cos, sin: factors that broadcast to it; 4-D, one head.
+        axis: where the heads lie.
+        pairs: whether neighbours are turned together, instead of an element of each half.
+        width: how many leading elements of a head are turned.
+        nodes: what computes it, the result last.
+    """
+
+    x: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+    axis: int
+    pairs: bool
+    width: int
+    nodes: tuple[fx.Node, ...]
+
+
+def plan_rotary(plan: Plan, node: fx.Node) -> None:
+    """Translate a rotary embedding by one operator, on rows where the heads were split from rows."""
+    found = find_rotary(plan.program, node)
+    if found is None or plan.target.opset < 23 or plan.target.flavour == "cuda":
+        return
+    rotary = find_partial(found) or found
+    heads, size = rotary.x.meta["val"].shape[rotary.axis], rotary.x.meta["val"].shape[3]
+    rows = rows_of(plan, rotary.x, rotary.axis)
+    root = rotary.nodes[-1]
+    plan.absorb(*rotary.nodes)
+    if rows is None or not isinstance(heads, int):
+        if rotary.axis == 1:
+            plan.put(root, lambda e: rotated(e, rotary, e.value(rotary.x)))
+        return
+
+    def turned(e: "Emitter") -> ir.Value:
+        return rotated(e, rotary, e.value(rows(e)), heads)
+
+    if rotary.axis == 1:
+        put_merged(plan, root, turned, heads, size)
+    else:
+        plan.put(root, lambda e: split(e, turned(e), heads, size, 2))
+        plan.put_rows(root, 2, turned)
+
+
+def find_rotary(program: Program, node: fx.Node) -> Rotary | None:
+    """The rotary embedding that ends in a node, over all of its input's last axis."""
+    if node.target is not aten.add.Tensor:
+        return None
+    for pairs, pattern in ((False, _HALVES), (True, _PAIRS)):
+        found = match(pattern, node)
+        if found is None:
+            continue
+        v = found.values
+        x, cos, sin = v["x"], v["cos"], v["sin"]
+        if not all(isinstance(each, fx.Node) and each.meta["val"].ndim == 4 for each in (x, cos, sin)):
+            continue
+        shape, kind = x.meta["val"].shape, x.meta["val"].dtype
+        axis = head_axis(shape, cos.meta["val"].shape)
+        if axis is None or axis != head_axis(shape, sin.meta["val"].shape) or kind not in _TYPES:
+            continue
+        size = int(shape[3])
+        bounds = (0, size // 2, size // 2) if not pairs else (0, None, 1)
+        if (v["low"] or 0, v["high"] if not pairs else None, v["half"]) != bounds or size % 2 or v["d"] % 4 != 3:
+            continue
+        ends = (v["far"], v["high"]) if pairs else (v["far"],)
+        if any(end is not None and end < size for end in ends) or v["e"] not in ((-1, 4) if pairs else (-1, 3)):
+            continue
+        if any(each.meta["val"].dtype != kind or not repeats(program, each, pairs) for each in (cos, sin)):
+            continue
+        return Rotary(x, cos, sin, axis, pairs, size, tuple(reversed(found.nodes)))
+    return None
+
+
+def head_axis(x: Any, factor: Any) -> int | None:
+    """The axis over whose entries a factor `[1 or batch, ..., size]` repeats: 1 or 2."""
+    if not same(x[3], factor[3]) or not isinstance(x[3], int) or not (same(factor[0], 1) or same(factor[0], x[0])):
+        return None
+    for axis in (1, 2):
+        if same(factor[axis], 1) and same(factor[3 - axis], x[3 - axis]):
+            return axis
+    return None
+
+
+def find_partial(rotary: Rotary) -> Rotary | None:
+    """The embedding of the whole head, where only its first elements are turned: `cat(turned(x[..., :n]), x[..., n:])`."""
+    source = rotary.x
+    if source.target is not aten.slice.Tensor or int(source.args[1]) % 4 != 3:  # type: ignore[arg-type]
+        return None
+    whole, start = source.args[0], source.args[2]
+    users = list(rotary.nodes[-1].users)
+    found = match(_PARTIAL, users[0]) if len(users) == 1 else None
+    if found is None or start not in (0, None) or not isinstance(whole, fx.Node):
+        return None
+    v = found.values
+    size = whole.meta["val"].shape[3]
+    ends = v["x"] is whole and v["turned"] is rotary.nodes[-1] and v["low"] == rotary.width
+    if not ends or v["d"] % 4 != 3 or v["e"] not in (-1, 3) or (v["far"] is not None and v["far"] < size):
+        return None
+    nodes = (*rotary.nodes, source, *found.nodes)
+    last = users[0]
+    ordered = (*dict.fromkeys(each for each in nodes if each is not last), last)
+    return Rotary(whole, rotary.cos, rotary.sin, rotary.axis, rotary.pairs, rotary.width, ordered)
+
+
+def repeats(program: Program, node: Any, pairs: bool) -> bool:
+    """Whether a tensor's last axis is proved to hold everything twice: its halves are equal, or (`pairs`) its neighbours."""
+    if is_weight(node):
+        table = program.weights[str(node.target)]
+        half = table.shape[-1] // 2
+        first, second = (table[..., ::2], table[..., 1::2]) if pairs else (table[..., :half], table[..., half:])
+        return torch.equal(first, second)
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    rank, args = node.meta["val"].ndim if isinstance(node.meta["val"], torch.Tensor) else 0, node.args
+    if node.target is aten.cat.default:
+        parts, axis = args[0], int(args[1]) if len(args) > 1 else 0  # type: ignore[arg-type]
+        return not pairs and axis % rank == rank - 1 and len(parts) == 2 and parts[0] is parts[1]  # type: ignore[arg-type,index]
+    if node.target is aten.repeat_interleave.self_int:
+        return pairs and args[1] == 2 and len(args) > 2 and int(args[2]) % rank == rank - 1  # type: ignore[arg-type]
+    if node.target in _POINTWISE or (node.target in (aten.mul.Tensor, aten.div.Tensor) and _is_number(args[1])):
+        return repeats(program, args[0], pairs)
+    if node.target is aten.unsqueeze.default:
+        return int(args[1]) % rank != rank - 1 and repeats(program, args[0], pairs)  # type: ignore[arg-type]
+    if node.target in (aten.slice.Tensor, aten.select.int, aten.index_select.default):
+        inner = args[0].meta["val"].ndim  # type: ignore[union-attr]
+        return int(args[1]) % inner != inner - 1 and repeats(program, args[0], pairs)  # type: ignore[arg-type]
+    if node.target is aten.embedding.default or node.target is aten.expand.default:
+        return repeats(program, args[0], pairs)
+    if node.target is aten.index.Tensor:
+        return len(args[1]) < args[0].meta["val"].ndim and repeats(program, args[0], pairs)  # type: ignore[arg-type,union-attr]
+    return node.target is operator.getitem and False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (is_weight(value) and value.meta["val"].numel() == 1)
+
+
+def rotated(e: "Emitter", rotary: Rotary, x: ir.Value, heads: int | None = None) -> ir.Value:
+    """`RotaryEmbedding` of rows (with their number of heads), or of a 4-D value."""
+    size = rotary.x.meta["val"].shape[3]
+    made: ir.Value = e.op(
+        "RotaryEmbedding",
+        x,
+        factor(e, rotary, rotary.cos),
+        factor(e, rotary, rotary.sin),
+        num_heads=heads,
+        interleaved=int(rotary.pairs) or None,
+        rotary_embedding_dim=rotary.width if rotary.width != size else None,
+    )
+    return made
+
+
+def factor(e: "Emitter", rotary: Rotary, node: fx.Node) -> ir.Value:
+    """Cosines or sines once each, `[batch, length, width / 2]`: every one belongs to two elements."""
+    fake, batch = node.meta["val"], rotary.x.meta["val"].shape[0]
+    length = fake.shape[3 - rotary.axis]
+    inner = node.args[0] if node.target is aten.unsqueeze.default else None
+    if isinstance(inner, fx.Node) and int(node.args[1]) % 4 == rotary.axis:  # type: ignore[arg-type]
+        value = e.value(inner)
+    else:
+        value = e.op("Squeeze", node, [rotary.axis])
+    if rotary.pairs:
+        value = e.op("Slice", value, [0], [rotary.width], [2], [2])
+    else:
+        value = e.op("Slice", value, [0], [rotary.width // 2], [2])
+    if same(fake.shape[0], batch):
+        return value
+    return e.op("Expand", value, [batch, 1, 1] if isinstance(length, int) else [batch, 1, 1])
