@@ -194,6 +194,15 @@ def sparc_version() -> str:
         return "unknown"
 
 
+def check_destination(folder: str | Path) -> None:
+    """Check, before any work is done, that an artifact could be saved to `folder`.
+
+    Raises:
+        ArtifactError: SPARC505.
+    """
+    files.check_destination(folder, _may_replace)
+
+
 def _may_replace(folder: Path) -> str | None:
     """Why a folder must not be replaced: it holds something that is not an artifact's."""
     if not folder.is_dir():

@@ -313,6 +313,12 @@ NOT_EXPORTABLE = Code(
     "Only artifacts of the onnx targets hold an ONNX model.",
     'compile with target="onnx"',
 )
+OUTPUTS_DIFFER = Code(
+    "SPARC510",
+    "two models differ by more than the tolerance",
+    "`sparc compare --tolerance` found an output that needs a larger one.",
+    "look at the layers with --layers: the worst come first",
+)
 
 
 def catalogue() -> dict[str, Code]:

@@ -88,14 +88,9 @@ def new_folder(path: str | Path, may_replace: Callable[[Path], str | None]) -> I
     Raises:
         ArtifactError: SPARC505.
     """
+    check_destination(path, may_replace)
     target = _final(path)
     with writing():
-        if os.path.lexists(target):
-            reason = may_replace(target)
-            if reason is not None:
-                raise ArtifactError(
-                    codes.WRITE_FAILED, f"{target.name} is not replaced", why=reason, hint="choose another folder"
-                )
         made = _make_parents(target.parent)
         temporary = _beside(target, "new")
         try:
@@ -109,6 +104,23 @@ def new_folder(path: str | Path, may_replace: Callable[[Path], str | None]) -> I
                 with suppress(OSError):
                     parent.rmdir()
             raise
+
+
+def check_destination(path: str | Path, may_replace: Callable[[Path], str | None]) -> None:
+    """Check, before any work is done, that a folder could be written to `path`.
+
+    Raises:
+        ArtifactError: SPARC505 when something else is there, or the place is not writable.
+    """
+    target = _final(path)
+    reason = may_replace(target) if os.path.lexists(target) else None
+    if reason is not None:
+        raise ArtifactError(
+            codes.WRITE_FAILED, f"{target.name} is not replaced", why=reason, hint="choose another folder"
+        )
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ArtifactError(codes.WRITE_FAILED, f"{existing.name or '/'} is not writable", hint="choose another folder")
 
 
 def _swap(temporary: Path, target: Path) -> None:

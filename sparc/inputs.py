@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from sparc import codes
 from sparc.diag import ArtifactError
 from sparc.program import Entry
+from sparc.signature import Signature
 from sparc.text import dim_text
 
 _EMBEDDINGS = (torch.ops.aten.embedding.default,)
@@ -97,6 +98,18 @@ def example_tensors(entry: Entry, seed: int = 0, sizes: "dict[str, int] | None" 
     """
     generator = torch.Generator().manual_seed(seed)
     return [_example(node, entry, generator, sizes or {}) for node in entry.placeholders]
+
+
+def named_inputs(signature: Signature, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """The arguments of a call by name, from one tensor per input: the inverse of `Signature.bind`."""
+    feed = iter(tensors)
+    leaves = [next(feed) if leaf.is_tensor else leaf.frozen for leaf in signature.input_leaves]
+    named: dict[str, Any] = {}
+    start = 0
+    for name, structure in zip(signature.parameters, signature.inputs, strict=True):
+        named[name] = structure.unflatten(leaves[start : start + structure.size])
+        start += structure.size
+    return named
 
 
 def _example(node: fx.Node, entry: Entry, generator: torch.Generator, sizes: "dict[str, int]") -> Tensor:

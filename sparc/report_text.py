@@ -77,7 +77,7 @@ def _size_line(file: int, resident: int, dense: int) -> str:
 # passes ---------------------------------------------------------------------------------------------------------------
 def pass_table(rows: Iterable[PassRow]) -> Table:
     """One row per pass."""
-    table = _table("Passes", "pass", "where", "contract", ">matches", ">skipped", "measured", ">bytes", ">time")
+    table = titled("Passes", "pass", "where", "contract", ">matches", ">skipped", "measured", ">bytes", ">time")
     for row in rows:
         where = "" if row.where == "*" else row.where
         change = row.bytes_after - row.bytes_before
@@ -99,7 +99,7 @@ def pass_table(rows: Iterable[PassRow]) -> Table:
 # sites ----------------------------------------------------------------------------------------------------------------
 def encoding_table(sites: Iterable[SiteRow]) -> Table:
     """One row per encoding."""
-    table = _table(
+    table = titled(
         "Encodings", "weights", "inputs", ">sites", ">was", ">file", ">", ">resident", ">worst", ">median", "kernel"
     )
     for row in data.by_encoding(sites):
@@ -127,7 +127,7 @@ def site_table(sites: Sequence[SiteRow], *, everything: bool = False) -> Table:
     title = (
         f"Worst {len(shown)} of {len(rows)} compressed weights" if len(shown) < len(rows) else f"{len(rows)} weights"
     )
-    table = _table(title, "weight", ">", ">was", ">file", "encoding", "kernel", "source" if everything else "")
+    table = titled(title, "weight", ">", ">was", ">file", "encoding", "kernel", "source" if everything else "")
     for site in shown:
         table.add_row(
             Text(site.weight),
@@ -150,7 +150,7 @@ def _left_alone(ledger: Ledger, everything: bool) -> list[RenderableType]:
         rows += [(row.name.partition("(")[0], reason) for reason in data.skip_reasons(row)]
     if not rows:
         return []
-    table = _table("Left alone", "by", ">how many", "why", "for example")
+    table = titled("Left alone", "by", ">how many", "why", "for example")
     shown = rows if everything else rows[: 3 * _REASONS]
     for who, reason in shown:
         table.add_row(Text(who), str(reason.count), Text(reason.why), Text(", ".join(reason.examples), style="dim"))
@@ -172,7 +172,8 @@ def _diagnostics(diagnostics: Sequence[Diagnostic], everything: bool) -> list[Re
     return parts
 
 
-def _table(title: str, *columns: str) -> Table:
+def titled(title: str, *columns: str) -> Table:
+    """An empty table; a column whose name begins with `>` is set to the right."""
     table = Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
     )

@@ -1,0 +1,130 @@
+"""`sparc inspect`: what is in an artifact, or which weights of a model can be compressed."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from sparc import report_data, report_text
+from sparc.analysis.sites import find_sites
+from sparc.artifact import Artifact
+from sparc.cli.output import out, print_json
+from sparc.cli.root import MODEL_HELP, AsJson, Trust
+from sparc.cli.source import load_source
+from sparc.cli.subject import capture_source, is_artifact
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("inspect")(inspect)
+
+
+def inspect(
+    subject: Annotated[
+        str,
+        typer.Argument(metavar="ARTIFACT", help=f"An artifact's folder. Or a model: {MODEL_HELP}", show_default=False),
+    ],
+    everything: Annotated[bool, typer.Option("--all", help="Every weight and every remark.")] = False,
+    program: Annotated[bool, typer.Option("--program", help="Print the program instead.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML file.", show_default=False)] = None,
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show an artifact's report, files and recipe after checking its hashes; or the weights of a model."""
+    if not is_artifact(subject) and not _was_artifact(Path(subject)):
+        _inspect_model(subject, trust, program, as_json)
+        return
+    from sparc import api
+
+    artifact = api.load(subject)
+    if html is not None:
+        artifact.report.to_html(html, f"{subject}: {artifact.target}")
+    if as_json:
+        print_json(_as_json(artifact, Path(subject)))
+    elif program:
+        out().print(Text(artifact.program.text()))
+    else:
+        _print(artifact, Path(subject), everything)
+
+
+def _was_artifact(path: Path) -> bool:
+    """An artifact that lost its manifest is still to be refused as an artifact."""
+    return (path / "program.json").exists()
+
+
+# artifacts ------------------------------------------------------------------------------------------------------------
+def _as_json(artifact: Artifact, folder: Path) -> dict[str, Any]:
+    signature = artifact.program.main.signature
+    return {
+        "target": artifact.target,
+        "entries": list(artifact.program.entries),
+        "inputs": signature.input_names,
+        "outputs": signature.output_names,
+        "files": _files(folder),
+        "recipe": artifact.recipe_text,
+        "coverage": _coverage(artifact),
+        **artifact.report.to_json(),
+    }
+
+
+def _print(artifact: Artifact, folder: Path, everything: bool) -> None:
+    console = out()
+    console.print(Text(f"{folder}: target {artifact.target}, files unaltered", style="bold"))
+    for name, size in _files(folder).items():
+        console.print(Text(f"  {name}  {report_data.bytes_text(size)}"))
+    if artifact.recipe_text:
+        console.print(Text("\n" + artifact.recipe_text.strip(), style="dim"))
+    console.print()
+    artifact.report.render(console, everything=everything)
+    missing = _coverage(artifact)
+    if missing:
+        table = report_text.titled("Without a kernel on the device", "node", "operator", "why")
+        for row in missing:
+            table.add_row(*(Text(str(row.get(key, ""))) for key in ("node", "operator", "why")))
+        console.print(table)
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _coverage(artifact: Artifact) -> list[dict[str, str]]:
+    """Nodes that the target's device has no kernel for, where the target can tell."""
+    find = getattr(artifact.emission, "without_kernel", None)
+    return [dict(row) for row in find()] if find is not None else []
+
+
+# models ---------------------------------------------------------------------------------------------------------------
+def _inspect_model(named: str, trust: bool, text: bool, as_json: bool) -> None:
+    program = capture_source(load_source(named, trust=trust))
+    if text:
+        out().print(Text(program.text()))
+        return
+    sites, others = find_sites(program)
+    rows = [
+        {
+            "weight": site.weight,
+            "operator": site.operator,
+            "shape": list(program.weights[site.weight].shape),
+            "bytes": program.weights[site.weight].nbytes,
+            "uses": len(site.uses),
+            "source": site.location.source,
+        }
+        for site in sites
+    ]
+    if as_json:
+        print_json({"sites": rows, "bytes": program.weights.nbytes, "inputs": program.main.signature.input_names})
+        return
+    table = report_text.titled(
+        f"{len(rows)} weights that can be compressed", "weight", "operator", "shape", ">bytes", ">uses", "source"
+    )
+    for row in rows:
+        shape = "×".join(map(str, row["shape"]))
+        size = report_data.bytes_text(row["bytes"])
+        table.add_row(
+            Text(row["weight"]), row["operator"], shape, size, str(row["uses"]), Text(row["source"], style="dim")
+        )
+    out().print(table)
+    total = report_data.bytes_text(program.weights.nbytes)
+    out().print(f"{total} in all; {len(others)} other weights stay as they are. Selectors (where=) match these names.")

@@ -1,0 +1,97 @@
+"""What `compare` and `bench` work on: an artifact, or a model in eager torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparc.artifact import Artifact
+from sparc.capture import capture
+from sparc.cli.source import Source, load_source
+from sparc.exported import capture_exported
+from sparc.inputs import example_tensors, named_inputs
+from sparc.program import Program
+from sparc.samples import bind
+
+Run = Callable[[Sequence[Tensor]], list[Any]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that can be run.
+
+    Args:
+        name: what it is called.
+        runtime: the target's name, or `eager torch`.
+        program: its program.
+        run: one tensor per input to the flat outputs, in its own runtime.
+        examples: its own example inputs, flat, where it has any.
+        artifact: the artifact, if it is one.
+    """
+
+    name: str
+    runtime: str
+    program: Program
+    run: Run
+    examples: list[Tensor] | None = None
+    artifact: Artifact | None = None
+
+
+def load_subject(named: str, *, trust: bool = False, threads: int | None = None) -> Subject:
+    """An artifact's folder, or whatever PATH_OR_IMPORT names.
+
+    Raises:
+        SparcError: what loading or capturing raises.
+    """
+    if is_artifact(named):
+        from sparc import api
+
+        artifact = api.load(named)
+        artifact.threads = threads
+        return Subject(named, artifact.target, artifact.program, artifact.run_flat, None, artifact)
+    return _eager(named, load_source(named, trust=trust))
+
+
+def is_artifact(named: str) -> bool:
+    """Whether a path is the folder of an artifact."""
+    return (Path(named) / "manifest.json").exists()
+
+
+def capture_source(source: Source) -> Program:
+    """The program of a model, as compile captures it."""
+    if isinstance(source.model, torch.export.ExportedProgram):
+        return capture_exported(source.model)
+    return capture(source.model, source.example_inputs, dynamic=source.dynamic)
+
+
+def _eager(named: str, source: Source) -> Subject:
+    program = capture_source(source)
+    signature = program.main.signature
+    module = source.model.module() if isinstance(source.model, torch.export.ExportedProgram) else source.model.eval()
+
+    def run(tensors: Sequence[Tensor]) -> list[Any]:
+        with torch.no_grad():
+            leaves = pytree.tree_leaves(module(**named_inputs(signature, tensors)))
+        return [value for leaf, value in zip(signature.output_leaves, leaves, strict=True) if leaf.is_tensor]
+
+    return Subject(named, "eager torch", program, run, bind(program, source.example_inputs))
+
+
+def subject_inputs(first: Subject, second: Subject | None, sizes: dict[str, int], seed: int = 0) -> list[Tensor]:
+    """Inputs for both: the example inputs of whichever is a model, else seeded random ones of the captured shapes.
+
+    Args:
+        first: an artifact or a model.
+        second: another.
+        sizes: wished sizes of dynamic dimensions by name; with any, inputs are random.
+        seed: of the random numbers.
+    """
+    if not sizes:
+        for subject in (first, second):
+            if subject is not None and subject.examples is not None:
+                return subject.examples
+    return example_tensors(first.program.main, seed, sizes)
