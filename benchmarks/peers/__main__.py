@@ -52,9 +52,11 @@ def _report(
 def _minilm(folder: Path) -> None:
     reference = minilm.load()
     paths = {
-        "float32, fused": minilm_peers.float32(folder),
+        "float32": minilm_peers.float32(folder),
+        "float32, all fused": minilm_peers.float32_fused(folder),
         "float32, plain": minilm_peers.float32_unfused(folder),
         "dynamic int8 per channel": minilm_peers.dynamic_int8(folder),
+        "dynamic int8 per channel, unfused": minilm_peers.dynamic_int8(folder, fused=False),
         "dynamic int8 per tensor": minilm_peers.dynamic_int8(folder, per_channel=False),
         "blockwise 8": minilm_peers.blockwise(folder, 8),
         "blockwise 4": minilm_peers.blockwise(folder, 4),

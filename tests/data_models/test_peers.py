@@ -16,12 +16,12 @@ def peers(tmp_path_factory):
     return {"float32": minilm_peers.float32(folder), "int8": minilm_peers.dynamic_int8(folder)}
 
 
-def test_minilm_float32_is_fused_and_equal(peers):
+def test_minilm_float32_has_fused_attention_and_is_equal(peers):
     from benchmarks.peers.sessions import as_model, open_session, operators
 
     counts = operators(peers["float32"])
     assert counts["Attention"] == 6
-    assert counts["SkipLayerNormalization"] == 12
+    assert counts["LayerNormalization"] == 13
     assert counts["BiasGelu"] == 6
     model = minilm.load()
     inputs = minilm.tokenize(["A short one.", "This sentence is somewhat longer than the other one."])
