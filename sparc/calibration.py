@@ -7,13 +7,14 @@ the model's
 activations. (The scheme of SparseGPT and GPTQ.)
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sparc.analysis.blocks import assign_blocks
+from sparc.analysis.blocks import assign_blocks, renumber_blocks
 from sparc.execute import run_node
 from sparc.observers import Observer, observer
 from sparc.program import Program
@@ -45,59 +46,87 @@ class Calibration:
         """Run a block on every batch and observe the watched nodes.
 
         Returns:
-            A function from a node and a kind to the statistic; None for a node that never ran in or before this block.
+            A function from a node and a kind to the statistic; None for a node that no batch reached, or that holds no
+            finite numbers.
         """
-        observers: dict[tuple[str, str], Observer] = {}
         wanted: dict[str, set[str]] = {}
         for node, kind in watches:
             wanted.setdefault(node.name, set()).add(kind)
-        if wanted:
-            self._run(block, wanted, observers, keep=False)
+        observers: dict[tuple[str, str], Observer] = {}
+
+        def see(name: str, value: Any) -> None:
+            if isinstance(value, Tensor):
+                for kind in wanted[name]:
+                    observers.setdefault((name, kind), observer(kind)).update(value)
+
+        for entry, graph, index in self._batches(block):
+            needed = [node for node in graph.nodes if node.name in wanted and node.meta["block"] <= block]
+            _run(needed, self._live[entry][index], self.program.weights, see)
 
         def statistics(node: fx.Node, kind: str) -> Any:
             found = observers.get((node.name, kind))
-            return found.result() if found is not None else None
+            return found.result() if found is not None and found.seen else None
 
         return statistics
 
     def advance(self, block: int) -> None:
         """Run a block as it is now, and keep what later blocks read."""
-        self._run(block, {}, {}, keep=True)
+        for entry, graph, index in self._batches(block):
+            kept: dict[str, Any] = {}
+            needed = [node for node in graph.nodes if node.op == "placeholder" or _outlives(node, block)]
+            _run(needed, self._live[entry][index], self.program.weights, kept.__setitem__)
+            self._live[entry][index] = kept
 
-    def _run(
-        self, block: int, wanted: Mapping[str, set[str]], observers: dict[tuple[str, str], Observer], *, keep: bool
-    ) -> None:
+    def _batches(self, block: int) -> Iterator[tuple[str, fx.Graph, int]]:
+        """Every batch as (entry, graph, index); the graphs' block numbers are brought up to date first."""
+        for name in self._live:
+            renumber_blocks(self.program.entries[name].graph)
         work = [(name, index) for name, live in self._live.items() for index in range(len(live))]
         for name, index in track(work, f"calibrating block {block + 1} of {len(self.blocks)}"):
-            entry = self.program.entries[name]
-            live = self._live[name][index]
-            values = self._run_batch(entry.graph, block, live)
-            for node_name, kinds in wanted.items():
-                value = values.get(node_name)
-                if isinstance(value, Tensor):
-                    for kind in kinds:
-                        observers.setdefault((node_name, kind), observer(kind)).update(value)
-            if keep:
-                self._live[name][index] = _survivors(entry.graph, block, values)
-
-    def _run_batch(self, graph: fx.Graph, block: int, live: Mapping[str, Any]) -> dict[str, Any]:
-        values = dict(live)
-        env: dict[fx.Node, Any] = {}
-        with torch.no_grad():
-            for node in graph.nodes:
-                if node.name in values:
-                    env[node] = values[node.name]
-                elif node.op == "get_attr":
-                    env[node] = self.program.weights[str(node.target)]
-                elif node.op == "call_function" and node.meta.get("block", 0) == block:
-                    values[node.name] = env[node] = run_node(node, env, self.program.weights)
-        return values
+            yield name, self.program.entries[name].graph, index
 
 
-def _survivors(graph: fx.Graph, block: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a later block or the output reads."""
-    kept = {}
-    for node in graph.nodes:
-        if node.name in values and any(user.op == "output" or user.meta.get("block", 0) > block for user in node.users):
-            kept[node.name] = values[node.name]
-    return kept
+def _outlives(node: fx.Node, block: int) -> bool:
+    """Whether a value of this block, or of an earlier one, is read by a later block or by the output."""
+    if node.op != "call_function" or node.meta["block"] > block:
+        return False
+    return any(user.op == "output" or user.meta["block"] > block for user in node.users)
+
+
+def _run(
+    needed: Sequence[fx.Node], live: Mapping[str, Any], weights: Mapping[str, Tensor], see: Callable[[str, Any], None]
+) -> None:
+    """Compute the needed nodes from live values, showing each one as soon as it is there and freeing what is done with.
+
+    Inputs of the graph are always live, so every node can be computed; what lies before a live value is not.
+    """
+    order, uses = _plan(needed, live)
+    names = {node.name for node in needed}
+    env: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in order:
+            env[node] = live[node.name] if node.name in live else run_node(node, env, weights)
+            if node.name in names:
+                see(node.name, env[node])
+            for used in [] if node.name in live else node.all_input_nodes:
+                uses[used] -= 1
+                if uses[used] == 0:
+                    del env[used]
+            if uses[node] == 0:
+                del env[node]
+
+
+def _plan(needed: Sequence[fx.Node], live: Mapping[str, Any]) -> tuple[list[fx.Node], Counter[fx.Node]]:
+    """The nodes to run, in the graph's order, and how many of them read each one."""
+    uses: Counter[fx.Node] = Counter()
+    reached: set[fx.Node] = set()
+    stack = list(needed)
+    while stack:
+        node = stack.pop()
+        if node in reached:
+            continue
+        reached.add(node)
+        if node.name not in live:
+            uses.update(node.all_input_nodes)
+            stack.extend(node.all_input_nodes)
+    return [node for node in needed[0].graph.nodes if node in reached] if needed else [], uses

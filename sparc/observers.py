@@ -8,18 +8,32 @@ from torch import Tensor
 
 _BINS = 2048
 _ROWS = 512
+_LEAST_WIDTH = 1e-6
 
 
 class Observer(ABC):
-    """Updated with one value per batch; `result()` is the statistic."""
+    """Updated with one value per batch; `result()` is the statistic, once `seen` is true.
+
+    Infinities and NaN (the masked scores of an attention, say) count as zeros; a tensor without elements is ignored.
+    """
+
+    seen = False
 
     def __init__(self, axis: int = -1) -> None:
         """Args: the channel axis, for statistics per channel."""
         self.axis = axis
 
-    @abstractmethod
     def update(self, value: Tensor) -> None:
         """See one batch."""
+        if value.is_floating_point() and not bool(torch.isfinite(value.sum())):
+            value = torch.where(torch.isfinite(value), value, torch.zeros_like(value))
+        if value.numel():
+            self.seen = True
+            self._add(value)
+
+    @abstractmethod
+    def _add(self, value: Tensor) -> None:
+        """Take in a finite tensor that is not empty."""
 
     @abstractmethod
     def result(self) -> Any:
@@ -35,7 +49,7 @@ class Range(Observer):
 
     low, high = float("inf"), float("-inf")
 
-    def update(self, value: Tensor) -> None:
+    def _add(self, value: Tensor) -> None:
         """Widen."""
         low, high = torch.aminmax(value.float())
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
@@ -50,7 +64,7 @@ class AbsMax(Observer):
 
     value: Tensor | None = None
 
-    def update(self, value: Tensor) -> None:
+    def _add(self, value: Tensor) -> None:
         """Widen."""
         found = self.by_channel(value).abs().amax(0)
         self.value = found if self.value is None else torch.maximum(self.value, found)
@@ -67,7 +81,7 @@ class Moments(Observer):
     count = 0
     total: Tensor | None = None
 
-    def update(self, value: Tensor) -> None:
+    def _add(self, value: Tensor) -> None:
         """Accumulate in float64."""
         rows = self.by_channel(value)
         found = torch.stack([rows.sum(0, dtype=torch.float64), rows.square().sum(0, dtype=torch.float64)])
@@ -90,12 +104,12 @@ class Histogram(Observer):
     counts: Tensor | None = None
     low = high = 0.0
 
-    def update(self, value: Tensor) -> None:
+    def _add(self, value: Tensor) -> None:
         """Count one batch."""
         flat = value.float().flatten()
         low, high = (float(x) for x in torch.aminmax(flat))
         if self.counts is None:
-            self.low, self.high = low, high if high > low else low + 1e-8
+            self.low, self.high = low, max(high, low + max(abs(low), 1.0) * _LEAST_WIDTH)
             self.counts = torch.zeros(_BINS, dtype=torch.float64)
         while low < self.low or high > self.high:
             self._double(towards_low=low < self.low)
@@ -116,18 +130,27 @@ class Histogram(Observer):
 
 
 class Rows(Observer):
-    """`rows`: evenly spaced rows of the value as `[rows, channels]`, at most 512, for error estimates."""
+    """`rows`: evenly spaced rows of the value as `[rows, channels]`, at most 512, for error estimates.
+
+    At most 128 rows of a batch are kept; each time too many have come together, every other one is dropped, and from
+    then on only half as many are taken.
+    """
+
+    stride = 1
 
     def __init__(self, axis: int = -1) -> None:
         """Args: the channel axis."""
         super().__init__(axis)
         self.kept: list[Tensor] = []
 
-    def update(self, value: Tensor) -> None:
+    def _add(self, value: Tensor) -> None:
         """Keep evenly spaced rows of the batch."""
         rows = self.by_channel(value)
         step = max(1, rows.shape[0] // 128)
-        self.kept.append(rows[::step][:128].clone())
+        self.kept.append(rows[::step][:128][:: self.stride].clone())
+        if sum(part.shape[0] for part in self.kept) > 4 * _ROWS:
+            self.kept = [torch.cat(self.kept)[::2]]
+            self.stride *= 2
 
     def result(self) -> Tensor:
         """`[rows, channels]`."""
@@ -144,7 +167,7 @@ class Batches(Observer):
         super().__init__(axis)
         self.kept: list[Tensor] = []
 
-    def update(self, value: Tensor) -> None:
+    def _add(self, value: Tensor) -> None:
         """Keep the batch."""
         if len(self.kept) < 4:
             self.kept.append(value)

@@ -25,10 +25,11 @@ class QuantizeActivations(Pass):
 
     Args:
         mode: `tensor` (one scale, asymmetric), `token` (a scale for each row, symmetric), `split` (per tensor, and its
-            remainder quantized once more: 16 bits on two 8-bit products), `block` (a scale for each row and each group of
-            the weight's columns, symmetric; for weights rounded in groups of columns, of any width), or `auto`: `tensor` or
-            `token`, whichever calibration finds worth it.
-        price: for `auto`, the noise-to-signal ratio in a product's output that one per cent of all products' time is worth.
+            remainder quantized once more: 16 bits on two 8-bit products), `block` (a scale for each row and each group
+            of the weight's columns, symmetric; for weights rounded in groups of columns, of any width), or `auto`:
+            `tensor` or `token`, whichever calibration finds worth it.
+        price: for `auto`, the noise-to-signal ratio in a product's output that one per cent of all products' time is
+            worth.
         floor: a product whose signal-to-noise ratio in decibels falls below gets its own x back, with a remark.
     """
 

@@ -5,7 +5,8 @@
     split:    c, s, z = quantize(x, [], asymmetric);  x1 = decode([c, s, z], asymmetric);  r = x - x1;  t = s / 254
               d, = quantize(r, [t], symmetric);  x' = x1 + decode([d, t], symmetric)
 
-Static scales and zero points are weights of the program, of shape []. The split form is a 16-bit activation on two 8-bit
+Static scales and zero points are weights of the program, of shape []. The split form is a 16-bit activation on two
+8-bit
 products: `|r| <= s / 2`, which is 127 steps of `t`.
 """
 
@@ -33,10 +34,12 @@ def insert_dynamic(entry: Entry, x: fx.Node, spec: IntGrid, before: fx.Node) -> 
     return _decode(entry, parts, spec, before, x)
 
 
-def insert_static(entry: Entry, x: fx.Node, params: Sequence[fx.Node], spec: IntGrid, before: fx.Node) -> fx.Node:
+def insert_static(
+    entry: Entry, x: fx.Node, params: Sequence[fx.Node], spec: IntGrid, before: fx.Node, like: fx.Node | None = None
+) -> fx.Node:
     """Insert `decode(quantize(x))` with given scale (and zero point) nodes, before a node; returns the decode."""
-    codes = _quantize(entry, x, params, spec, before)
-    return _decode(entry, [*codes, *params], spec, before, x)
+    codes = _quantize(entry, x, params, spec, before, like)
+    return _decode(entry, [*codes, *params], spec, before, x, like)
 
 
 def insert_split(entry: Entry, x: fx.Node, before: fx.Node) -> fx.Node:
@@ -81,18 +84,19 @@ def quantized_value(decode: fx.Node) -> fx.Node | None:
     return None
 
 
-def _quantize(entry: Entry, x: fx.Node, params: Sequence[fx.Node], spec: IntGrid, before: fx.Node) -> list[fx.Node]:
-    made = entry.call(torch.ops.sparc.quantize.default, x, list(params), spec_name(spec), before=before)
+def _quantize(
+    entry: Entry, x: fx.Node, params: Sequence[fx.Node], spec: IntGrid, before: fx.Node, like: fx.Node | None = None
+) -> list[fx.Node]:
+    quantize = torch.ops.sparc.quantize.default
+    made = entry.call(quantize, x, list(params), spec_name(spec), before=before, like=like)
     count = 1 if params else len(spec.part_names)
-    return [entry.call(operator.getitem, made, index, before=before) for index in range(count)]
+    return [entry.call(operator.getitem, made, index, before=before, like=like) for index in range(count)]
 
 
-def _decode(entry: Entry, parts: Sequence[fx.Node], spec: IntGrid, before: fx.Node, x: fx.Node) -> fx.Node:
-    literals = (spec_name(spec), "matrix", None, _dtype(x))
-    return entry.call(torch.ops.sparc.decode.default, list(parts), *literals, before=before)
-
-
-def _dtype(x: fx.Node) -> torch.dtype:
+def _decode(
+    entry: Entry, parts: Sequence[fx.Node], spec: IntGrid, before: fx.Node, x: fx.Node, like: fx.Node | None = None
+) -> fx.Node:
     value = x.meta["val"]
     assert isinstance(value, Tensor)
-    return value.dtype
+    literals = (spec_name(spec), "matrix", None, value.dtype)
+    return entry.call(torch.ops.sparc.decode.default, list(parts), *literals, before=before, like=like)

@@ -46,3 +46,10 @@ def assign_blocks(graph: fx.Graph) -> int:
             block = last
         node.meta["block"] = block
     return last + 1
+
+
+def renumber_blocks(graph: fx.Graph) -> None:
+    """Bring `meta["block"]` up to date after edits: a node without a number is in the block of what it reads."""
+    for node in graph.nodes:
+        inputs = (used.meta["block"] for used in node.all_input_nodes if used.op != "get_attr")
+        node.meta["block"] = max(node.meta.get("block", 0), max(inputs, default=0))
