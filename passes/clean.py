@@ -1,4 +1,6 @@
-"""What every recipe starts and ends with: operators without effect, equal computations, and dead code go. All are Exact."""
+"""What every recipe starts and ends with: operators without effect, equal computations, and dead code go. All are
+Exact.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,8 +15,11 @@ from sparc.pass_base import Pass, PassContext, Stage
 from sparc.passes.noops import replacement
 from sparc.program import Entry, Program
 
-_VIEWS = {"alias", "detach", "view", "reshape", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select", "squeeze", "unsqueeze",
-          "unflatten", "flatten", "split", "split_with_sizes", "chunk", "unbind", "getitem", "to", "contiguous", "dropout", "lift_fresh"}  # fmt: skip
+_VIEWS = {
+    "alias", "detach", "view", "reshape", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select",
+    "squeeze", "unsqueeze", "unflatten", "flatten", "split", "split_with_sizes", "chunk", "unbind", "getitem", "to",
+    "contiguous", "dropout", "lift_fresh",
+}  # fmt: skip
 _STRIDED_VIEWS = {"view", "_unsafe_view"}
 _NEEDS_STRIDES = {"as_strided", "view_as_complex", "view"}
 
@@ -35,24 +40,31 @@ class _CleanPass(Pass):
 class RemoveNoOps(_CleanPass):
     """Remove operators that the types prove to be identities, and write views in one way.
 
-    `slice(x, full range)`, `x * 1`, `to(x, its own dtype)`, `clone`, `contiguous`, `dropout` in eval mode, an `expand` or `permute` that
-    changes nothing => `x`; `transpose(transpose(x))`, `reshape(reshape(x))` => one; `view`, `_unsafe_view` => `reshape`;
-    `to.*`, `type_as` => `to.dtype`. A copy that an output reads stays, so that no output shares memory with a weight or an input.
+    `slice(x, full range)`, `x * 1`, `to(x, its own dtype)`, `clone`, `contiguous`, `dropout` in eval mode, an `expand`
+    or `permute` that changes nothing => `x`; `transpose(transpose(x))`, `reshape(reshape(x))` => one; `view`,
+    `_unsafe_view` => `reshape`; `to.*`, `type_as` => `to.dtype`. A copy that an output reads stays, so that no output
+    shares memory with a weight or an input.
     """
 
     name: ClassVar[str] = "remove_no_ops"
 
     def run(self, program: Program, context: PassContext) -> None:
-        """Views first, since `view` needs strides that removing a copy would change; then in graph order, inputs before users."""
+        """Views first, since `view` needs strides that removing a copy would change; then in graph order, inputs
+        before users.
+        """
         for views_only in (True, False):
-            for entry, node in program.nodes():
+            for _, node in program.nodes():
                 if node.op == "call_function" and (not views_only or operator_key(node) in _STRIDED_VIEWS):
                     self._simplify(program, node, context)
         program.sweep()
 
     def _simplify(self, program: Program, node: fx.Node, context: PassContext) -> None:
         found = replacement(program, node)
-        if found is None or (found.copies and (is_output_alias(node) or _feeds_stride_reader(node))) or not context.edit():
+        if (
+            found is None
+            or (found.copies and (is_output_alias(node) or _feeds_stride_reader(node)))
+            or not context.edit()
+        ):
             return
         if found.call is not None:
             node.target, node.args, node.kwargs = found.call[0], found.call[1], {}
@@ -89,9 +101,11 @@ def _reaches(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> bool:
 
 @dataclass(frozen=True)
 class MergeCommon(_CleanPass):
-    """Compute equal values once: equal calls of equal arguments, symbolic sizes with equal expressions, weights with equal bits.
+    """Compute equal values once: equal calls of equal arguments, symbolic sizes with equal expressions, weights with
+    equal bits.
 
-    Trainable vectors stay apart (two normalisations that happen to start at one are not tied). Two outputs stay two tensors.
+    Trainable vectors stay apart (two normalisations that happen to start at one are not tied). Two outputs stay two
+    tensors.
     """
 
     name: ClassVar[str] = "merge_common"
@@ -136,7 +150,9 @@ class MergeCommon(_CleanPass):
 
 
 def merge_weight(program: Program, name: str, into: str) -> None:
-    """Let every use of one weight read another with the same bits; the other takes over its origins and its name as an alias."""
+    """Let every use of one weight read another with the same bits; the other takes over its origins and its name as an
+    alias.
+    """
     for entry in program.entries.values():
         for node in [node for node in entry.graph.nodes if node.op == "get_attr" and node.target == name]:
             node.replace_all_uses_with(program.weight_node(entry, into))

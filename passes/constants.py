@@ -18,9 +18,9 @@ from sparc.program import Entry, Program, is_weight
 class FoldConstants(Pass):
     """A subgraph of weights, literals and fixed sizes => one weight, computed natively and so bitwise equal.
 
-    `sparc::decode` is opaque. A result larger than `limit` bytes is only stored when weights that become unused give up as many bytes, so
-    that the program never grows by more than small tables. The new weight keeps the origins of all weights it comes from, and the
-    name of the first one it replaces.
+    `sparc::decode` is opaque. A result larger than `limit` bytes is only stored when weights that become unused give
+    up as many bytes, so that the program never grows by more than small tables. The new weight keeps the origins of
+    all weights it comes from, and the name of the first one it replaces.
 
     Args:
         limit: bytes that a table may have which replaces nothing.
@@ -50,7 +50,11 @@ class FoldConstants(Pass):
         sources = _weights_of(node)
         name = next((each for each in made if same_bits(program.weights[each], value)), None)
         if name is None:
-            base = sources[0] if sources else ".".join(part for part in (str(node.meta.get("module", "")), f"constant_{node.name}") if part)
+            base = (
+                sources[0]
+                if sources
+                else ".".join(part for part in (str(node.meta.get("module", "")), f"constant_{node.name}") if part)
+            )
             like = next((used for used in _cone(node) if is_weight(used)), node)
             name = str(program.add_weight(base, value, like=like).target)
             made.append(name)
@@ -70,8 +74,9 @@ def _constants(program: Program) -> set[fx.Node]:
     for _, node in program.nodes():
         if is_weight(node):
             found.add(node)
-        elif node.op == "call_function" and getattr(node.target, "namespace", "") != "sparc" and is_deterministic(node):
-            if all(used in found for used in node.all_input_nodes) and _is_storable(node):
+        elif node.op == "call_function" and all(used in found for used in node.all_input_nodes):
+            opaque = getattr(node.target, "namespace", "") == "sparc"
+            if not opaque and is_deterministic(node) and _is_storable(node):
                 found.add(node)
     return found
 
@@ -88,12 +93,19 @@ def _frontier(constant: set[fx.Node]) -> list[fx.Node]:
     return [
         node
         for node in constant
-        if isinstance(node.meta["val"], Tensor) and any(user not in constant for user in node.users) and not _is_fill(node)
+        if isinstance(node.meta["val"], Tensor)
+        and any(user not in constant for user in node.users)
+        and not _is_fill(node)
     ]
 
 
 def _is_fill(node: fx.Node) -> bool:
-    return not node.all_input_nodes and str(getattr(node.target, "_opname", "")) in ("full", "zeros", "ones", "scalar_tensor")
+    return not node.all_input_nodes and str(getattr(node.target, "_opname", "")) in (
+        "full",
+        "zeros",
+        "ones",
+        "scalar_tensor",
+    )
 
 
 def _plan(program: Program, constant: set[fx.Node], limit: int) -> list[tuple[Entry, fx.Node]]:
@@ -113,7 +125,11 @@ def _plan(program: Program, constant: set[fx.Node], limit: int) -> list[tuple[En
 
 def _read_elsewhere(program: Program, constant: set[fx.Node]) -> set[str]:
     """The weights that something not constant reads."""
-    return {str(node.target) for _, node in program.nodes() if is_weight(node) and any(user not in constant for user in node.users)}
+    return {
+        str(node.target)
+        for _, node in program.nodes()
+        if is_weight(node) and any(user not in constant for user in node.users)
+    }
 
 
 def _affordable(node: fx.Node, budget: dict[str, int], limit: int) -> bool:

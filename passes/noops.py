@@ -47,7 +47,7 @@ def _input(node: fx.Node) -> fx.Node | None:
     return None
 
 
-# identities -------------------------------------------------------------------------------------------------------------
+# identities ----------------------------------------------------------------------------------------------------------
 def _alias(program: Program, node: fx.Node) -> Plainer | None:
     """The operator never changes a value, only a type."""
     value = _input(node)
@@ -69,7 +69,7 @@ def _slice(program: Program, node: fx.Node) -> Plainer | None:
 def _permute(program: Program, node: fx.Node) -> Plainer | None:
     inner, dims = node.args[0], node.args[1]
     rank = len(dims)  # type: ignore[arg-type]
-    order = [dim % rank for dim in dims]  # type: ignore[operator, union-attr]
+    order = [int(dim) % rank for dim in dims]  # type: ignore[arg-type, union-attr]
     if order == list(range(rank)):
         return _alias(program, node)
     before = axes_order(inner)
@@ -95,9 +95,15 @@ def _transpose(program: Program, node: fx.Node) -> Plainer | None:
 
 def axes_order(node: Any) -> tuple[fx.Node, list[int]] | None:
     """The input and the order of its axes, when a node is a transpose or permute."""
-    if not isinstance(node, fx.Node) or node.op != "call_function" or not isinstance(node.args[0] if node.args else None, fx.Node):
+    if (
+        not isinstance(node, fx.Node)
+        or node.op != "call_function"
+        or not isinstance(node.args[0] if node.args else None, fx.Node)
+    ):
         return None
     inner: Any = node.args[0]
+    if not isinstance(inner.meta.get("val"), torch.Tensor):
+        return None
     rank = inner.meta["val"].ndim
     order = list(range(rank))
     if node.target is aten.permute.default:
@@ -147,19 +153,27 @@ def _to(program: Program, node: fx.Node) -> Plainer | None:
     arguments = normalized_arguments(node)
     same = _copy(program, node)
     if same is not None:
-        return same if arguments.get("copy") or arguments.get("memory_format") not in (None, torch.preserve_format) else Plainer(same.value)
+        return (
+            same
+            if arguments.get("copy") or arguments.get("memory_format") not in (None, torch.preserve_format)
+            else Plainer(same.value)
+        )
     kind = tensor_type(node)
     plain = node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs
     if plain or kind is None or not isinstance(node.args[0], fx.Node):
         return None
-    return Plainer(node, (aten.to.dtype, (node.args[0], kind.dtype)), copies=arguments.get("memory_format") not in (None, torch.preserve_format))
+    return Plainer(
+        node,
+        (aten.to.dtype, (node.args[0], kind.dtype)),
+        copies=arguments.get("memory_format") not in (None, torch.preserve_format),
+    )
 
 
 def _dropout(program: Program, node: fx.Node) -> Plainer | None:
     return _alias(program, node) if normalized_arguments(node).get("train") is False else None
 
 
-# arithmetic -------------------------------------------------------------------------------------------------------------
+# arithmetic ----------------------------------------------------------------------------------------------------------
 def _is_number(program: Program, value: Any, number: float) -> bool:
     """Whether a value is a number for good: a parameter that happens to have this value may still be trained."""
     if is_weight(value) and program.weights.record(str(value.target)).trainable:
@@ -170,7 +184,11 @@ def _is_number(program: Program, value: Any, number: float) -> bool:
 def _multiply(program: Program, node: fx.Node) -> Plainer | None:
     for index in (0, 1):
         value, other = node.args[index], node.args[1 - index]
-        if isinstance(value, fx.Node) and same_type(value.meta.get("val"), node.meta.get("val")) and _is_number(program, other, 1):
+        if (
+            isinstance(value, fx.Node)
+            and same_type(value.meta.get("val"), node.meta.get("val"))
+            and _is_number(program, other, 1)
+        ):
             return Plainer(value, copies=True)
     return None
 
@@ -221,10 +239,17 @@ def _single(program: Program, node: fx.Node) -> Plainer | None:
 def _getitem(program: Program, node: fx.Node) -> Plainer | None:
     """The only piece of a split, and `getitem(unbind)` or `getitem(split)` stay otherwise."""
     source = node.args[0]
-    if not isinstance(source, fx.Node) or not str(getattr(source.target, "_opname", "")).startswith(("split", "chunk", "tensor_split")):
+    if not isinstance(source, fx.Node) or not str(getattr(source.target, "_opname", "")).startswith(
+        ("split", "chunk", "tensor_split")
+    ):
         return None
     pieces, whole = source.meta.get("val"), source.args[0]
-    if isinstance(pieces, (list, tuple)) and len(pieces) == 1 and isinstance(whole, fx.Node) and same_shape(pieces[0].shape, whole.meta["val"].shape):
+    if (
+        isinstance(pieces, (list, tuple))
+        and len(pieces) == 1
+        and isinstance(whole, fx.Node)
+        and same_shape(pieces[0].shape, whole.meta["val"].shape)
+    ):
         return Plainer(whole)
     return None
 
@@ -242,7 +267,21 @@ def _repeat(program: Program, node: fx.Node) -> Plainer | None:
 
 
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(["alias", "detach", "lift_fresh", "expand", "expand_as", "broadcast_to", "squeeze", "view_as", "unflatten", "narrow"], _alias),
+    **dict.fromkeys(
+        [
+            "alias",
+            "detach",
+            "lift_fresh",
+            "expand",
+            "expand_as",
+            "broadcast_to",
+            "squeeze",
+            "view_as",
+            "unflatten",
+            "narrow",
+        ],
+        _alias,
+    ),
     **dict.fromkeys(["clone", "contiguous", "lift_fresh_copy"], _copy),
     **dict.fromkeys(["to", "_to_copy", "type_as"], _to),
     **dict.fromkeys(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"], _dropout),

@@ -1,4 +1,4 @@
-"""The boundary to torch.export: a model and example inputs in, a Program out, or a refusal that names the user's line."""
+"""The boundary to torch.export: a model and example inputs in, a Program out, or a refusal with the user's own line."""
 
 import logging
 import re
@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from sparc import codes
 from sparc.diag import CaptureError, Diagnostics, Location
+from sparc.dimensions import dimensions, fixed, named_forward, refine, tile
 from sparc.functional import functionalize, is_impure
 from sparc.program import Entry, Program, Weight, WeightStore
 from sparc.signature import Leaf, Signature, Structure, bind_examples, describe_inputs
@@ -39,8 +40,8 @@ def capture(
     Args:
         model: any module that torch.export can trace; its training flag is restored afterwards.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
-        dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`. Equal names are equal sizes. Nested
-            inputs are named with dots: `past.0.key`.
+        dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`. Equal names are
+            equal sizes. Nested inputs are named with dots: `past.0.key`.
         entry: the name of the entry.
         diagnostics: collects remarks, such as a narrowed range.
 
@@ -66,7 +67,9 @@ def capture(
     return to_program(exported, signature, symbol_names, entry, dict(model.named_parameters(remove_duplicate=False)))
 
 
-def capture_entries(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], diagnostics: Diagnostics | None = None) -> Program:
+def capture_entries(
+    model: nn.Module, entries: Mapping[str, Mapping[str, Any]], diagnostics: Diagnostics | None = None
+) -> Program:
     """Capture one model several times (prefill and decode, say) as one Program over one weight store.
 
     Args:
@@ -96,16 +99,22 @@ def merge(programs: list[Program]) -> Program:
     return Program(store, {name: entry for program in programs for name, entry in program.entries.items()})
 
 
-# before the export -----------------------------------------------------------------------------------------------------
+# before the export --------------------------------------------------------------------------------------------------
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
-            raise CaptureError(codes.UNSUPPORTED_OPERATOR, f"weight {name!r} is on device {parameter.device}", hint="call model.cpu()")
+            raise CaptureError(
+                codes.UNSUPPORTED_OPERATOR, f"weight {name!r} is on device {parameter.device}", hint="call model.cpu()"
+            )
         if not bool(torch.isfinite(parameter).all()):
-            raise CaptureError(codes.BAD_WEIGHT, f"weight {name!r} contains NaN or Inf", where=Location(name.rpartition(".")[0]))
+            raise CaptureError(
+                codes.BAD_WEIGHT, f"weight {name!r} contains NaN or Inf", where=Location(name.rpartition(".")[0])
+            )
     for name, buffer in model.named_buffers():
         if bool(torch.isnan(buffer).any()):
-            raise CaptureError(codes.BAD_WEIGHT, f"buffer {name!r} contains NaN", where=Location(name.rpartition(".")[0]))
+            raise CaptureError(
+                codes.BAD_WEIGHT, f"buffer {name!r} contains NaN", where=Location(name.rpartition(".")[0])
+            )
 
 
 def _call_eagerly(model: nn.Module, named: Mapping[str, Any]) -> Any:
@@ -121,15 +130,21 @@ def _call_eagerly(model: nn.Module, named: Mapping[str, Any]) -> Any:
         ) from None
 
 
-# the export ------------------------------------------------------------------------------------------------------------
+# the export ---------------------------------------------------------------------------------------------------------
 def _export(
     model: nn.Module, named: Mapping[str, Any], leaves: tuple[Leaf, ...], dynamic: Dynamic, diagnostics: Diagnostics
 ) -> tuple[ExportedProgram, dict[str, str]]:
     flat, spec = pytree.tree_flatten(dict(named))
-    by_leaf = _dimensions(leaves, flat, dynamic)
-    examples = pytree.tree_unflatten(_tile(leaves, flat, by_leaf, diagnostics), spec)
-    shapes = pytree.tree_unflatten([dict(by_leaf.get(leaf.name, {})) if leaf.is_tensor else None for leaf in leaves], spec)
-    exported = _export_refining(model, examples, shapes, diagnostics)
+    by_leaf = dimensions(leaves, flat, dynamic)
+    tiled = tile(leaves, flat, by_leaf, diagnostics)
+    sizes = {dimension.__name__: value.shape[axis] for leaf, value in zip(leaves, tiled, strict=True)
+             for axis, dimension in by_leaf.get(leaf.name, {}).items()}  # fmt: skip
+    shapes = pytree.tree_unflatten(
+        [dict(by_leaf.get(leaf.name, {})) if leaf.is_tensor else None for leaf in leaves], spec
+    )
+    examples = pytree.tree_unflatten(tiled, spec)
+    with named_forward(model, named):
+        exported = _export_refining(model, examples, shapes, sizes, diagnostics)
     names: dict[str, str] = {}
     values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
     tensors = [s.arg for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
@@ -137,79 +152,29 @@ def _export(
         for axis, dimension in by_leaf.get(leaf.name, {}).items():
             size = values[argument.name].shape[axis]
             if isinstance(size, int):
-                raise _fixed(leaf.name, axis, dimension.__name__, f"the model fixes it to {size}")
+                raise fixed(leaf.name, axis, dimension.__name__, f"the model fixes it to {size}")
             names.setdefault(str(size), dimension.__name__)
     return exported, names
 
 
-def _dimensions(leaves: tuple[Leaf, ...], flat: list[Any], dynamic: Dynamic) -> dict[str, dict[int, Any]]:
-    known = {leaf.name: value for leaf, value in zip(leaves, flat, strict=True) if leaf.is_tensor}
-    shared: dict[str, Any] = {}
-    by_leaf: dict[str, dict[int, Any]] = {}
-    for name, axes in dynamic.items():
-        if name not in known:
-            raise CaptureError(
-                codes.DYNAMIC_DIMENSION, f"dynamic= names {name!r}, which is no input", hint=f"the inputs are {', '.join(known)}"
-            )
-        for axis, dimension in axes.items():
-            rank = known[name].ndim
-            if not -rank <= axis < rank:
-                raise CaptureError(codes.DYNAMIC_DIMENSION, f"input {name!r} has no dimension {axis}", why=f"its rank is {rank}")
-            if isinstance(dimension, str):
-                if not dimension.isidentifier():
-                    raise CaptureError(codes.DYNAMIC_DIMENSION, f"{dimension!r} is no identifier", hint="use a name such as batch")
-                dimension = shared.setdefault(dimension, Dim(dimension))
-            by_leaf.setdefault(name, {})[axis % rank] = dimension
-    return by_leaf
-
-
-def _tile(leaves: tuple[Leaf, ...], flat: list[Any], by_leaf: dict[str, dict[int, Any]], diagnostics: Diagnostics) -> list[Any]:
-    """Examples fit for tracing: contiguous, since torch.export takes a stride for a constant that a dynamic size must differ from, and
-    doubled along every dynamic dimension of size 1, since it takes that size for a constant too.
-    """
-    tiled = []
-    for leaf, value in zip(leaves, flat, strict=True):
-        for axis, dimension in by_leaf.get(leaf.name, {}).items():
-            if value.shape[axis] == 1:
-                value = torch.cat([value, value], dim=axis)
-                diagnostics.remark(codes.EXAMPLE_TILED, f"input {leaf.name!r} was doubled along {dimension.__name__!r} for tracing")
-        tiled.append(value.contiguous() if isinstance(value, Tensor) else value)
-    return tiled
-
-
-def _export_refining(model: nn.Module, examples: dict[str, Any], shapes: Any, diagnostics: Diagnostics) -> ExportedProgram:
+def _export_refining(
+    model: nn.Module, examples: dict[str, Any], shapes: Any, sizes: Mapping[str, int], diagnostics: Diagnostics
+) -> ExportedProgram:
     """Export; where torch suggests narrower ranges for a dimension, accept them and say so."""
     for _ in range(4):
         try:
             with _quiet(), torch.no_grad():
                 return torch.export.export(model, (), examples, dynamic_shapes=shapes, strict=False)
         except torch._dynamo.exc.UserError as error:
-            message = str(error)
-            if "Suggested fixes" not in message:
+            narrowed = refine(str(error), shapes, sizes, diagnostics)
+            if narrowed is None:
                 raise _refusal(error) from None
-            shapes = _refine(message, shapes, diagnostics)
+            shapes = narrowed
         except Exception as error:  # torch.export raises whatever the model's code raises under tracing
             raise _refusal(error) from None
-    raise CaptureError(codes.DYNAMIC_DIMENSION, "the dynamic dimensions could not be settled", why="torch kept suggesting other ranges")
-
-
-def _refine(message: str, shapes: Any, diagnostics: Diagnostics) -> Any:
-    """Dynamic shapes with the ranges that torch suggests, which it prints as `seq = Dim('seq', max=512)`."""
-    fixes = message.partition("Suggested fixes:")[2]
-    constant = re.search(r"^\s*(\w+) = (\d+)\s*$", fixes, re.MULTILINE)
-    if constant:
-        raise CaptureError(
-            codes.DYNAMIC_DIMENSION, f"dimension {constant[1]!r} cannot vary", why=f"the model fixes it to {constant[2]}"
-        )
-    ranges: dict[str, Any] = {}
-    for name, options in re.findall(r"^\s*(\w+) = Dim\('\w+'(.*)\)\s*$", fixes, re.MULTILINE):
-        bounds = {key: int(value) for key, value in re.findall(r"(min|max)=(\d+)", options)}
-        ranges[name] = Dim(name, **bounds)
-        text = " and ".join(f"{'at least' if key == 'min' else 'at most'} {value}" for key, value in bounds.items())
-        diagnostics.remark(codes.RANGE_NARROWED, f"dimension {name!r} must be {text}")
-    if not ranges:
-        raise CaptureError(codes.DYNAMIC_DIMENSION, "a dynamic dimension cannot vary freely", why=" ".join(fixes.split())[:300])
-    return pytree.tree_map_only(type(Dim("any")), lambda dimension: ranges.get(dimension.__name__, dimension), shapes)
+    raise CaptureError(
+        codes.DYNAMIC_DIMENSION, "the dynamic dimensions could not be settled", why="torch kept suggesting other ranges"
+    )
 
 
 def _refusal(error: BaseException) -> CaptureError:
@@ -219,10 +184,6 @@ def _refusal(error: BaseException) -> CaptureError:
         where=_user_frame(error),
         why=_first_lines(error),
     )
-
-
-def _fixed(leaf: str, axis: int, name: str, why: str) -> CaptureError:
-    return CaptureError(codes.DYNAMIC_DIMENSION, f"dimension {name!r} (axis {axis} of {leaf!r}) cannot vary", why=why)
 
 
 @contextmanager
@@ -242,7 +203,9 @@ def _quiet() -> Iterator[None]:
 def _user_frame(error: BaseException) -> Location:
     own = str(Path(__file__).parent)
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if "/torch/" not in frame.filename and not frame.filename.startswith((own, "<"))]
+    outside = [
+        frame for frame in frames if "/torch/" not in frame.filename and not frame.filename.startswith((own, "<"))
+    ]
     if not outside:
         return Location()
     frame = outside[-1]
@@ -251,7 +214,9 @@ def _user_frame(error: BaseException) -> Location:
 
 
 def short_path(path: str) -> str:
-    """A source path without anything that belongs to one machine: below site-packages, below sys.path, or the bare file name."""
+    """A source path without anything that belongs to one machine: below site-packages, below sys.path, or the bare
+    file name.
+    """
     for marker in ("site-packages/", "dist-packages/"):
         if marker in path:
             return path.rpartition(marker)[2]
@@ -267,7 +232,7 @@ def _first_lines(error: BaseException, limit: int = 3) -> str:
     return " ".join(lines[:limit])[:400]
 
 
-# after the export ------------------------------------------------------------------------------------------------------
+# after the export ---------------------------------------------------------------------------------------------------
 def to_program(
     exported: ExportedProgram, signature: Signature, names: dict[str, str], entry: str, parameters: Mapping[str, Tensor]
 ) -> Program:
@@ -307,9 +272,16 @@ def to_program(
             results, output_leaves = _outputs(exported, signature.output)
             by_name = {old.name: new for old, new in copies.items()}
             graph.output([by_name[name] for name in results])
-    fake_mode = torch._guards.detect_fake_mode([node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)])
+    fake_mode = torch._guards.detect_fake_mode(
+        [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    )
     full = Signature(
-        signature.parameters, signature.inputs, signature.input_leaves, signature.output, output_leaves, signature.positional
+        signature.parameters,
+        signature.inputs,
+        signature.input_leaves,
+        signature.output,
+        output_leaves,
+        signature.positional,
     )
     program = Program(weights, {entry: Entry(graph, full, fake_mode, names)})  # type: ignore[arg-type]
     program.sweep()
@@ -332,7 +304,11 @@ def _weights(exported: ExportedProgram, parameters: Mapping[str, Tensor]) -> tup
             store.put(name, Weight(tensor, None, (name,), name in parameters))
         by_placeholder[spec.arg.name] = canonical
     for name, parameter in parameters.items():
-        key = (parameter.data_ptr(), parameter.dtype, tuple(parameter.shape), parameter.stride()) if parameter.numel() else name
+        key = (
+            (parameter.data_ptr(), parameter.dtype, tuple(parameter.shape), parameter.stride())
+            if parameter.numel()
+            else name
+        )
         canonical = by_storage.get(key, name)
         if canonical != name:
             store.aliases[name] = canonical
@@ -347,7 +323,9 @@ def _outputs(exported: ExportedProgram, structure: Structure) -> tuple[list[str]
         raise CaptureError(codes.UNSUPPORTED_STATE, f"the model writes to {mutated[0].target or mutated[0].arg.name!r}")
     paths = structure.paths()
     if len(paths) != len(user_outputs):
-        raise CaptureError(codes.OUTPUT_STRUCTURE, "the captured outputs do not have the structure of the model's outputs")
+        raise CaptureError(
+            codes.OUTPUT_STRUCTURE, "the captured outputs do not have the structure of the model's outputs"
+        )
     for path, spec in zip(paths, user_outputs, strict=True):
         name = path or "output"
         name = f"output_{name}" if name[0].isdigit() else name
@@ -357,7 +335,9 @@ def _outputs(exported: ExportedProgram, structure: Structure) -> tuple[list[str]
         elif isinstance(spec.arg, ConstantArgument):
             leaves.append(Leaf(name, False, spec.arg.value))
         else:
-            raise CaptureError(codes.OUTPUT_STRUCTURE, f"output {name!r} is {type(spec.arg).__name__}, not a tensor or a constant")
+            raise CaptureError(
+                codes.OUTPUT_STRUCTURE, f"output {name!r} is {type(spec.arg).__name__}, not a tensor or a constant"
+            )
     return results, tuple(leaves)
 
 

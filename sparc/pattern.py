@@ -1,11 +1,12 @@
 """Patterns written as plain calls: `lambda op, x, w: op.relu(op.linear(x, w))`.
 
-The lambda's parameters after `op` are variables: each binds whatever stands there, a node, a list of nodes, a number, a dtype. A
-variable with the default None also matches an argument that is absent. `op.NAME(...)` matches any overload of `aten.NAME` (or
-`op.sparc.decode`, `op.getitem`); arguments that the pattern does not give must have their default value. A value used twice in the
-lambda must be the same value in the graph. `add` and `mul` match in either order. `op.either(p, q)` matches p or q. A pattern may
-return several results as a tuple; the later ones are searched among the users of what the first one bound. `op.any()` matches anything
-and binds nothing; `op.weight(w)` lets the variable `w` bind only weights; `op.such(p, test)` matches p where `test(value)` holds.
+The lambda's parameters after `op` are variables: each binds whatever stands there, a node, a list of nodes, a number,
+a dtype. A variable with the default None also matches an argument that is absent. `op.NAME(...)` matches any overload
+of `aten.NAME` (or `op.sparc.decode`, `op.getitem`); arguments that the pattern does not give must have their default
+value. A value used twice in the lambda must be the same value in the graph. `add` and `mul` match in either order.
+`op.either(p, q)` matches p or q. A pattern may return several results as a tuple; the later ones are searched among
+the users of what the first one bound. `op.any()` matches anything and binds nothing; `op.weight(w)` lets the variable
+`w` bind only weights; `op.such(p, test)` matches p where `test(value)` holds.
 """
 
 import inspect
@@ -21,7 +22,18 @@ from torch._ops import OpOverload
 
 from sparc.program import is_weight
 
-_COMMUTATIVE = {"add", "mul", "logical_and", "bitwise_and", "logical_or", "bitwise_or", "eq", "ne", "maximum", "minimum"}
+_COMMUTATIVE = {
+    "add",
+    "mul",
+    "logical_and",
+    "bitwise_and",
+    "logical_or",
+    "bitwise_or",
+    "eq",
+    "ne",
+    "maximum",
+    "minimum",
+}
 
 
 @dataclass(frozen=True, eq=False)

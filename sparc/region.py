@@ -40,3 +40,22 @@ def region(results: Sequence[fx.Node], inner: set[fx.Node], boundary: Iterable[f
 
     graph.output([copy(result) for result in results])
     return graph
+
+
+def cone(results: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+    """Every call that `results` are computed from, inputs first, the results among them.
+
+    A rewrite that relies on what a value *is* (a mask proved to be causal) names the value's cone as matched, so that
+    its check computes the value instead of making one up.
+    """
+    found: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        if node.op == "call_function" and node not in found:
+            for used in node.all_input_nodes:
+                visit(used)
+            found[node] = None
+
+    for result in results:
+        visit(result)
+    return tuple(found)

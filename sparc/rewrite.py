@@ -1,184 +1,36 @@
 """Rewriting: `@rewrite(pattern, contract=...)` turns a function from a Match to its replacement into a Pass.
 
-    @rewrite(lambda op, x, a, b: op.linear(op.linear(x, a), b), contract=Bounded(1e-4))
-    def fold_low_rank(m):
-        \"\"\"linear(linear(x, A), B) => linear(x, B @ A), when the merged matrix is not larger.\"\"\"
-        a, b = m.weight("a"), m.weight("b")
-        if a is None or b is None:
-            return m.skip("A or B is computed, not a weight")
-        if b.shape[0] * a.shape[1] > a.numel() + b.numel():
-            return m.skip("the merged matrix is larger")
-        return m.op.linear(m.x, m.constant(b @ a, like="b"))
+@rewrite(lambda op, x, a, b: op.linear(op.linear(x, a), b), contract=Bounded(1e-4))
+def fold_low_rank(m):
+    \"\"\"linear(linear(x, A), B) => linear(x, B @ A), when the merged matrix is not larger.\"\"\"
+    a, b = m.weight("a"), m.weight("b")
+    if a is None or b is None:
+        return m.skip("A or B is computed, not a weight")
+    if b.shape[0] * a.shape[1] > a.numel() + b.numel():
+        return m.skip("the merged matrix is larger")
+    return m.op.linear(m.x, m.constant(b @ a, like="b"))
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
-from sparc.analysis.values import same_bits, same_type, scalar_value, size_hint
+from sparc.analysis.values import same_type, size_hint
 from sparc.contract import Contract
 from sparc.encoding.operators import is_decode
+from sparc.match import Match, Skip
 from sparc.pass_base import Pass, PassContext, Rewrite, Stage
 from sparc.pattern import Found, Pattern, match, trace
-from sparc.program import Entry, Program, is_weight, location
+from sparc.program import Program, location
 from sparc.region import region, region_inputs
+
+__all__ = ["Find", "Function", "Match", "RewritePass", "Skip", "apply", "rewrite"]
 
 _SWEEPS = 8
 
-
-@dataclass(frozen=True)
-class Skip:
-    """A match that was left alone, and why."""
-
-    why: str
-
-
-class Inserter:
-    """`m.op`: every attribute is an ATen operator whose call inserts a node before the match."""
-
-    def __init__(self, state: "Match", namespace: Any = None) -> None:
-        self._state = state
-        self._namespace = namespace if namespace is not None else torch.ops.aten
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name == "sparc":
-            return Inserter(self._state, torch.ops.sparc)  # type: ignore[return-value]
-        target = operator.getitem if name == "getitem" else getattr(self._namespace, name)
-
-        def insert(*args: Any, **kwargs: Any) -> fx.Node:
-            overload = resolve_overload(target, args, kwargs)
-            return self._state._insert(overload, args, kwargs)
-
-        return insert
-
-
-def resolve_overload(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The overload of a packet that accepts these arguments; the target itself when it is no packet."""
-    if not hasattr(target, "overloads"):
-        return target
-    for name in sorted(target.overloads(), key=lambda each: (each != "default", "Tensor" not in each, each)):
-        overload = getattr(target, name)
-        if "out" not in name and _accepts(overload, args, kwargs):
-            return overload
-    raise TypeError(f"no overload of {target} takes these arguments")
-
-
-def _accepts(overload: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    schema = overload._schema.arguments
-    if len(args) > len(schema):
-        return False
-    given = {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
-    names = {argument.name for argument in schema}
-    if not set(given) <= names:
-        return False
-    return all(_fits(str(a.type), given[a.name]) if a.name in given else a.has_default_value() for a in schema)
-
-
-def _fits(kind: str, value: Any) -> bool:
-    optional = kind.startswith("Optional[")
-    kind = kind.removeprefix("Optional[").removesuffix("]") if optional else kind
-    if value is None:
-        return optional
-    if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
-        return kind == "Tensor"
-    if isinstance(value, (list, tuple)):
-        return kind.startswith("List")
-    if isinstance(value, str):
-        return kind == "str"
-    return kind != "Tensor" and not kind.startswith("List") and kind != "str"
-
-
-class Match:
-    """One match of a pattern. Variables are attributes: `m.x` is what `x` bound."""
-
-    def __init__(self, program: Program, entry: Entry, found: Found, before: fx.Node, made: dict[str, list[str]]) -> None:
-        """Args: the program and entry, what matched, the node to insert before, and weights made so far in this run by what they replace."""
-        self.program = program
-        self.entry = entry
-        self.roots = found.roots
-        self.nodes = found.nodes
-        self.created: list[fx.Node] = []
-        self.wide: dict[str, Tensor] = {}
-        self.likes: dict[str, str] = {}
-        self._values = found.values
-        self._before = before
-        self._made = made
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["_values"][name]
-        except KeyError:
-            raise AttributeError(f"the pattern has no variable {name!r}") from None
-
-    @property
-    def op(self) -> Inserter:
-        """Inserts operators before the match."""
-        return Inserter(self)
-
-    def weight(self, name: str) -> Tensor | None:
-        """The weight that a variable bound, in float64; None when it is computed, or absent."""
-        node = self._values[name]
-        if not is_weight(node):
-            return None
-        stored = str(node.target)
-        tensor = self.wide.get(stored, self.program.weights[stored])
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-    def value(self, name: str) -> Any:
-        """The type of what a variable bound: a FakeTensor for a node, the value itself otherwise."""
-        bound = self._values[name]
-        return bound.meta["val"] if isinstance(bound, fx.Node) else bound
-
-    def constant(self, tensor: Tensor, like: str, name: str | None = None) -> fx.Node:
-        """A new weight, kept in float64 until it is checked and stored in the dtype of `like`.
-
-        Args:
-            tensor: the value; one that already has the dtype of `like` is taken as it is.
-            like: the variable whose weight it replaces: it takes over its dtype, its origins and, once that is unused, its name.
-            name: instead of that name, a name beside it: `bias` for a new bias beside `conv.weight`.
-        """
-        source = self._values[like]
-        old = str(source.target)
-        wished = old if name is None else old.rpartition(".")[0] + "." * ("." in old) + name
-        stored = tensor.to(self.program.weights[old].dtype)
-        made = self._made.setdefault(wished, [])
-        known = next((each for each in made if each in self.program.weights and same_bits(self.program.weights[each], stored)), None)
-        if known is not None:  # another entry reads the same weight and was rewritten in the same way
-            node = self.program.weight_node(self.entry, known)
-        else:
-            node = self.program.add_weight(wished, stored, like=source)
-            made.append(str(node.target))
-        if stored.dtype != tensor.dtype:
-            self.wide[str(node.target)] = tensor
-        if name is None:
-            self.likes[str(node.target)] = old
-        self.created.append(node)
-        return node
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Insert a call of an operator overload, such as the one that was matched, before the match."""
-        return self._insert(target, args, kwargs)
-
-    def number(self, value: Any) -> float | None:
-        """The number that a value stands for: a literal, a constant of one element, or a tensor filled with one number; else None."""
-        found = scalar_value(self.program, value)
-        return None if found is None else float(found)
-
-    def skip(self, why: str) -> Skip:
-        """Leave the match alone."""
-        return Skip(why)
-
-    def _insert(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Node:
-        node = self.entry.call(target, *args, before=self._before, like=self.roots[0], **kwargs)
-        self.created.append(node)
-        return node
-
-
-Function = Callable[[Match], "fx.Node | tuple[fx.Node, ...] | Skip"]
+Function = Callable[[Match], "fx.Node | tuple[fx.Node, ...] | Skip | None"]
 
 
 @dataclass(frozen=True)
@@ -216,12 +68,15 @@ def rewrite(
         pattern: a lambda of `op` and variables; see `sparc.pattern`.
         contract: what the rewrite promises.
         stage: where in a recipe it is legal.
-        single_use: require that nothing outside the match reads its inner values (except decoded weights); otherwise they may stay.
-        find: instead of a pattern, for what calls cannot describe: a function of a program and a node that returns what it found there, a
-            `Skip` with the reason why something that looks like it is none, or None.
+        single_use: require that nothing outside the match reads its inner values (except decoded weights); otherwise
+            they may stay.
+        find: instead of a pattern, for what calls cannot describe: a function of a program and a node that returns
+            what it found there, a `Skip` with the reason why something that looks like it is none, or None.
 
     Returns:
-        A decorator from `Match -> replacement | Skip` to a Pass of the function's name. The function's docstring is its equation.
+        A decorator from `Match -> replacement | Skip | None` to a Pass of the function's name. A `Skip` says why
+        something that looks like the pattern was left alone; None says that it is something else, which needs no
+        remark. The function's docstring is its equation.
     """
     if (pattern is None) == (find is None):
         raise TypeError("rewrite() takes a pattern or find=, one of them")
@@ -238,8 +93,8 @@ def rewrite(
             "_function": staticmethod(function),
             "_single_use": single_use,
         }
-        made = dataclass(frozen=True)(type(function.__name__, (RewritePass,), namespace))
-        return made()
+        kind: type[RewritePass] = type(function.__name__, (RewritePass,), namespace)
+        return dataclass(frozen=True)(kind)()
 
     return decorate
 
@@ -251,8 +106,18 @@ def _finder(pattern: Pattern) -> Find:
     return lambda program, node: match(pattern, node)
 
 
-def apply(program: Program, context: PassContext, find: Find, function: Function, *, single_use: bool = True, rule: str = "") -> None:
-    """Rewrite every match in every entry, in graph order, until nothing changes; each edit is recorded for the driver to check."""
+def apply(
+    program: Program,
+    context: PassContext,
+    find: Find,
+    function: Function,
+    *,
+    single_use: bool = True,
+    rule: str = "",
+) -> None:
+    """Rewrite every match in every entry, in graph order, until nothing changes; each edit is recorded for the driver
+    to check.
+    """
     made: dict[str, list[str]] = {}
     for _ in range(_SWEEPS):
         before = context.edits
@@ -290,19 +155,27 @@ def _apply_once(
         if not context.edit():
             return
         current = Match(program, chosen, found, place, made)
-        result = function(current)
-        results = result if isinstance(result, tuple) else (result,)
-        why = result.why if isinstance(result, Skip) else _type_reason(current.roots, results)
-        if why:
-            context.edits -= 1
-            _discard(program, current)
-            context.skip(node, why)
-        else:
-            _replace(program, entry, context, current, results, rule)
+        result = _settle(current, function(current))
+        if isinstance(result, tuple):
+            _replace(program, entry, context, current, result, rule)
+            continue
+        context.edits -= 1
+        _discard(program, current)
+        if result is not None:
+            context.skip(node, result.why)
+
+
+def _settle(current: Match, result: Any) -> tuple[fx.Node, ...] | Skip | None:
+    """What a rewrite's function returned, as results that have the right types."""
+    if result is None or isinstance(result, Skip):
+        return result
+    results: tuple[fx.Node, ...] = result if isinstance(result, tuple) else (result,)
+    why = _type_reason(current.roots, results)
+    return results if why is None else Skip(why)
 
 
 def _insertion_point(graph: fx.Graph, found: Found) -> fx.Node | None:
-    """The node to insert the replacement before; None when an outside use of a result comes before an input is known."""
+    """The node to insert before; None when an outside use of a result comes before an input is known."""
     if len(found.roots) == 1:
         return found.roots[0]
     order = {node: index for index, node in enumerate(graph.nodes)}
@@ -356,7 +229,14 @@ def _discard(program: Program, current: Match) -> None:
         program.sweep()
 
 
-def _replace(program: Program, entry: str, context: PassContext, current: Match, results: tuple[fx.Node, ...], rule: str) -> None:
+def _replace(
+    program: Program,
+    entry: str,
+    context: PassContext,
+    current: Match,
+    results: tuple[fx.Node, ...],
+    rule: str,
+) -> None:
     created = set(current.created)
     before_inner, after_inner = set(current.nodes), created
     boundary = dict.fromkeys([*region_inputs(current.roots, before_inner), *region_inputs(results, after_inner)])
@@ -365,7 +245,8 @@ def _replace(program: Program, entry: str, context: PassContext, current: Match,
     used = {str(node.target) for graph in (before, after) for node in graph.nodes if node.op == "get_attr"}
     weights = {name: program.weights[name] for name in used}
     names = tuple(node.name for node in boundary)
-    context.rewrites.append(Rewrite(location(current.roots[0]), before, after, names, dict(current.wide), weights, entry, rule))
+    where = location(current.roots[0])
+    context.rewrites.append(Rewrite(where, before, after, names, dict(current.wide), weights, entry, rule))
     for root, result in zip(current.roots, results, strict=True):
         root.replace_all_uses_with(result)
     for root in current.roots:
@@ -385,7 +266,7 @@ def _erase_dead(node: fx.Node) -> None:
 
 def _take_over_name(program: Program, new: str, old: str) -> None:
     """A replacement keeps the user's name of what it replaced, once nothing else reads that."""
-    nodes = [node for entry in program.entries.values() for node in entry.graph.nodes if node.op == "get_attr" and node.target == old]
+    nodes = [node for _, node in program.nodes() if node.op == "get_attr" and node.target == old]
     if any(node.users for node in nodes) or old not in program.weights:
         return
     for node in nodes:

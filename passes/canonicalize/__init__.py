@@ -9,13 +9,14 @@ from sparc.pass_base import Pass, PassContext, Stage
 from sparc.passes.canonicalize.activation import ACTIVATION
 from sparc.passes.canonicalize.attention import ATTENTION
 from sparc.passes.canonicalize.linear import LINEAR
+from sparc.passes.canonicalize.mask import MASK
 from sparc.passes.canonicalize.norm import NORM
 from sparc.passes.clean import MergeCommon, RemoveNoOps
 from sparc.passes.constants import FoldConstants
 from sparc.program import Program
 
 CLEAN: tuple[Pass, ...] = (RemoveNoOps(), FoldConstants(), MergeCommon())
-FORMS: tuple[Pass, ...] = (*LINEAR, *NORM, *ACTIVATION, *ATTENTION)
+FORMS: tuple[Pass, ...] = (*LINEAR, *NORM, *ACTIVATION, *ATTENTION, *MASK)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,9 @@ def _relu6(op: Operators, x: Any) -> Any:
 
 @rewrite(
     lambda op, x: op.either(
-        op.mul(x, op.div(_relu6(op, op.add(x, 3)), 6)), op.div(op.mul(x, _relu6(op, op.add(x, 3))), 6), op.mul(x, op.hardsigmoid(x))
+        op.mul(x, op.div(_relu6(op, op.add(x, 3)), 6)),
+        op.div(op.mul(x, _relu6(op, op.add(x, 3))), 6),
+        op.mul(x, op.hardsigmoid(x)),
     ),
     contract=_BOUND,
     stage=Stage.CANONICALIZE,

@@ -9,7 +9,7 @@ from sparc.pattern import Operators
 from sparc.program import is_weight
 from sparc.rewrite import Match, Skip, rewrite
 
-Result = fx.Node | Skip
+Result = fx.Node | Skip | None
 _BOUND = Bounded(1e-4)
 
 
@@ -19,8 +19,8 @@ def _is_matrix(node: object) -> bool:
 
 def _transposed(m: Match) -> fx.Node | Skip:
     """The weight `w`, transposed, as a weight of its own: its numbers are moved, never rounded."""
-    readers = {user for entry in m.program.entries.values() for node in entry.graph.nodes if node.op == "get_attr" and node.target == m.w.target
-               for user in node.users}  # fmt: skip
+    copies = [node for _, node in m.program.nodes() if node.op == "get_attr" and node.target == m.w.target]
+    readers = {user for node in copies for user in node.users}
     other = next((user for user in readers if user.target is not m.roots[0].target), None)
     if other is not None:
         return m.skip(f"the weight is also read by {other.name}, so that both layouts would be stored")
@@ -30,7 +30,9 @@ def _transposed(m: Match) -> fx.Node | Skip:
 
 
 @rewrite(
-    lambda op, x, w: op.matmul(x, op.either(op.transpose(op.such(w, _is_matrix), op.any(), op.any()), op.t(op.such(w, _is_matrix)))),
+    lambda op, x, w: op.matmul(
+        x, op.either(op.transpose(op.such(w, _is_matrix), op.any(), op.any()), op.t(op.such(w, _is_matrix)))
+    ),
     contract=_BOUND,
     stage=Stage.CANONICALIZE,
     single_use=False,
@@ -40,7 +42,11 @@ def raise_matmul_transposed(m: Match) -> Result:
     return m.op.linear(m.x, m.w)
 
 
-@rewrite(lambda op, x, w: op.either(op.matmul(x, op.such(w, _is_matrix)), op.mm(x, op.such(w, _is_matrix))), contract=_BOUND, stage=Stage.CANONICALIZE)
+@rewrite(
+    lambda op, x, w: op.either(op.matmul(x, op.such(w, _is_matrix)), op.mm(x, op.such(w, _is_matrix))),
+    contract=_BOUND,
+    stage=Stage.CANONICALIZE,
+)
 def raise_matmul(m: Match) -> Result:
     """matmul(x, W) => linear(x, transpose(W)); the transposed weight replaces W in the store."""
     weight = _transposed(m)
@@ -65,11 +71,11 @@ def raise_addmm(m: Match) -> Result:
 def drop_flattening(m: Match) -> Result:
     """reshape(linear(reshape(x, [-1, in]), W, b), [..., out]) => linear(reshape(x, [..., in]), W, b)."""
     result = m.roots[0]
-    if len(result.args[0].users) > 1:
+    if len(result.all_input_nodes[0].users) > 1:
         return m.skip("the flat result is also read elsewhere")
     after, features = shape_of(result), m.w.meta["val"].shape
     if not after or not same_shape(after[-1:], features[:1]):
-        return m.skip("the last axis of the result is not the layer's")
+        return None
     x = m.x
     if not same_shape(shape_of(x), (*after[:-1], features[1])):
         x = m.op.reshape(x, [*m.shape[:-1], features[1]])

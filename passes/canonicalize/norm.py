@@ -24,7 +24,9 @@ def _square(op: Operators, x: Any) -> Any:
 def _over_root(op: Operators, x: Any, variance: Any, eps: Any) -> Any:
     """x / sqrt(variance + eps), in its usual spellings."""
     shifted = op.add(variance, eps)
-    inverse = op.either(op.rsqrt(shifted), op.pow(shifted, -0.5), op.reciprocal(op.sqrt(shifted)), op.div(1, op.sqrt(shifted)))
+    inverse = op.either(
+        op.rsqrt(shifted), op.pow(shifted, -0.5), op.reciprocal(op.sqrt(shifted)), op.div(1, op.sqrt(shifted))
+    )
     root = op.either(op.sqrt(shifted), op.pow(shifted, 0.5))
     return op.either(op.mul(x, inverse), op.div(x, root))
 
@@ -48,7 +50,9 @@ def _epsilon(m: Match) -> float | None:
 
 
 @rewrite(
-    lambda op, x, eps, axes: _over_root(op, x, _mean(op, _square(op, x), axes), eps), contract=_BOUND, stage=Stage.CANONICALIZE
+    lambda op, x, eps, axes: _over_root(op, x, _mean(op, _square(op, x), axes), eps),
+    contract=_BOUND,
+    stage=Stage.CANONICALIZE,
 )
 def raise_rms_norm(m: Match) -> Result:
     """x * rsqrt(mean(x², -1) + eps) => rms_norm(x, [n], None, eps)."""
@@ -65,7 +69,11 @@ def _gain_reason(m: Match, name: str = "w") -> str | None:
     return None if gain.dtype == m.x.meta["val"].dtype else "the gain has another dtype than the input"
 
 
-@rewrite(lambda op, x, n, eps, w: op.mul(op.rms_norm(x, n, None, eps), op.weight(w)), contract=_BOUND, stage=Stage.CANONICALIZE)
+@rewrite(
+    lambda op, x, n, eps, w: op.mul(op.rms_norm(x, n, None, eps), op.weight(w)),
+    contract=_BOUND,
+    stage=Stage.CANONICALIZE,
+)
 def absorb_rms_gain(m: Match) -> Result:
     """rms_norm(x, [n], None, eps) * w => rms_norm(x, [n], w, eps)."""
     reason = _gain_reason(m)
@@ -89,14 +97,20 @@ def _layer_norm(op: Operators, x: Any, eps: Any, axes: Any, other: Any) -> Any:
 
 @rewrite(lambda op, x, eps, axes: _layer_norm(op, x, eps, axes, None), contract=_BOUND, stage=Stage.CANONICALIZE)
 def raise_layer_norm(m: Match) -> Result:
-    """(x - mean(x)) * rsqrt(mean((x - mean(x))²) + eps) => layer_norm(x, [n], None, None, eps); also with var(x, correction=0)."""
+    """(x - mean(x)) * rsqrt(mean((x - mean(x))²) + eps) => layer_norm(x, [n], None, None, eps); also with var(x,
+    correction=0).
+    """
     size, eps = _normalised_size(m), _epsilon(m)
     if isinstance(size, str) or eps is None:
         return m.skip(size if isinstance(size, str) else "eps is no constant")
     return m.op.layer_norm(m.x, [size], None, None, eps)
 
 
-@rewrite(lambda op, x, n, eps, w: op.mul(op.layer_norm(x, n, None, None, eps, op.any()), op.weight(w)), contract=_BOUND, stage=Stage.CANONICALIZE)
+@rewrite(
+    lambda op, x, n, eps, w: op.mul(op.layer_norm(x, n, None, None, eps, op.any()), op.weight(w)),
+    contract=_BOUND,
+    stage=Stage.CANONICALIZE,
+)
 def absorb_layer_gain(m: Match) -> Result:
     """layer_norm(x, [n], None, None, eps) * w => layer_norm(x, [n], w, None, eps)."""
     reason = _gain_reason(m)
@@ -104,7 +118,9 @@ def absorb_layer_gain(m: Match) -> Result:
 
 
 @rewrite(
-    lambda op, x, n, eps, b, w=None: op.add(op.layer_norm(x, n, w, None, eps, op.any()), op.weight(b)), contract=_BOUND, stage=Stage.CANONICALIZE
+    lambda op, x, n, eps, b, w=None: op.add(op.layer_norm(x, n, w, None, eps, op.any()), op.weight(b)),
+    contract=_BOUND,
+    stage=Stage.CANONICALIZE,
 )
 def absorb_layer_shift(m: Match) -> Result:
     """layer_norm(x, [n], w, None, eps) + b => layer_norm(x, [n], w, b, eps)."""

@@ -19,14 +19,27 @@ from sparc.rewrite import Match, Skip, rewrite
 aten = torch.ops.aten
 Result = fx.Node | Skip
 
-_CONV = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
+_CONV = {
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+}
 _TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 _LAYERS = {*_CONV, *_TRANSPOSED, aten.linear.default}
 
 
 def _layer_values(layer: fx.Node) -> dict[str, Any]:
     arguments = normalized_arguments(layer)
-    return {"x": arguments["input"], "w": arguments["weight"], "b": arguments.get("bias"), "layer": layer, "groups": arguments.get("groups", 1)}
+    return {
+        "x": arguments["input"],
+        "w": arguments["weight"],
+        "b": arguments.get("bias"),
+        "layer": layer,
+        "groups": arguments.get("groups", 1),
+    }
 
 
 def _norm_values(norm: fx.Node) -> dict[str, Any]:
@@ -41,7 +54,9 @@ def _reason(program: Program, layer: fx.Node, norm: fx.Node) -> Skip | None:
     if arguments["training"] or arguments["running_mean"] is None or arguments["running_var"] is None:
         return Skip("the batch norm uses the statistics of its batch")
     if not is_weight(values["w"]):
-        return Skip("the layer's weight is encoded already" if is_decode(values["w"]) else "the layer's weight is computed")
+        return Skip(
+            "the layer's weight is encoded already" if is_decode(values["w"]) else "the layer's weight is computed"
+        )
     if values["b"] is not None and not is_weight(values["b"]):
         return Skip("the layer's bias is computed")
     if not all(each is None or is_weight(each) for name, each in _norm_values(norm).items() if name != "eps"):
@@ -59,7 +74,9 @@ def _find_after(program: Program, node: fx.Node) -> Found | Skip | None:
     layer = node.args[0] if node.target is aten.batch_norm.default else None
     if not isinstance(layer, fx.Node) or layer.target not in _LAYERS:
         return None
-    return _reason(program, layer, node) or Found({**_layer_values(layer), **_norm_values(node)}, (layer, node), (node,))
+    return _reason(program, layer, node) or Found(
+        {**_layer_values(layer), **_norm_values(node)}, (layer, node), (node,)
+    )
 
 
 def _find_before(program: Program, node: fx.Node) -> Found | Skip | None:
@@ -94,7 +111,8 @@ def _affine(m: Match) -> _Affine:
 def _along(m: Match, weight: Tensor, vector: Tensor, *, outputs: bool) -> Tensor:
     """`vector` as a tensor that multiplies each output (or input) channel of the layer's weight.
 
-    A convolution's weight is `[out, in/groups, ...]`, a transposed one's `[in, out/groups, ...]`, a linear one's `[out, in]`.
+    A convolution's weight is `[out, in/groups, ...]`, a transposed one's `[in, out/groups, ...]`, a linear one's
+    `[out, in]`.
     """
     first_axis = outputs != (m.layer.target in _TRANSPOSED)
     if first_axis:
@@ -114,7 +132,9 @@ def _rebuild(m: Match, weight: Tensor, bias: Tensor) -> fx.Node:
 
 @rewrite(find=_find_after, contract=Bounded(1e-4), stage=Stage.FOLD)
 def fold_batch_norm(m: Match) -> Result:
-    """batch_norm(layer(x, W, b)) => layer(x, s * W, s * b + t), for conv1d to conv3d, transposed convolutions and linear."""
+    """batch_norm(layer(x, W, b)) => layer(x, s * W, s * b + t), for conv1d to conv3d, transposed convolutions and
+    linear.
+    """
     affine, weight = _affine(m), m.weight("w")
     assert weight is not None
     bias = m.weight("b") if m.b is not None else None
@@ -123,16 +143,26 @@ def fold_batch_norm(m: Match) -> Result:
 
 
 def _pads(m: Match) -> bool:
-    """Whether the layer adds zeros around its input, or drops contributions at the border as transposed convolutions do."""
+    """Whether the layer adds zeros around its input, or drops contributions at the border as transposed convolutions
+    do.
+    """
     padding = normalized_arguments(m.layer).get("padding", 0)
     if m.layer.target in _TRANSPOSED:
         return True
-    return padding != "valid" if isinstance(padding, str) else any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+    return (
+        padding != "valid"
+        if isinstance(padding, str)
+        else any(padding)
+        if isinstance(padding, (list, tuple))
+        else bool(padding)
+    )
 
 
 @rewrite(find=_find_before, contract=Bounded(1e-4), stage=Stage.FOLD)
 def fold_batch_norm_before(m: Match) -> Result:
-    """layer(batch_norm(x), W, b) => layer(x, s * W, b + sum(W * t)), where no zero padding would have to become `-t / s`."""
+    """layer(batch_norm(x), W, b) => layer(x, s * W, b + sum(W * t)), where no zero padding would have to become `-t /
+    s`.
+    """
     affine, weight = _affine(m), m.weight("w")
     assert weight is not None
     if bool((affine.shift != 0).any()) and _pads(m):

@@ -1,33 +1,36 @@
-"""Element functions: what stands at index (i, j, ...) of a value that depends on sizes only, as an expression in the indices.
+"""Element functions: what stands at index (i, j, ...) of a value that depends on sizes only, as an expression in the
+indices.
 
-`arange(n)[i] = i`, `unsqueeze`, `expand` and `index` rearrange indices, comparisons and logic act on elements. So a mask that a model
-builds from `arange` is *proved* to be causal for every size: its element at `(..., q, k)` is `q - k >= 0` as an expression, not by
-trying some sizes.
+`arange(n)[i] = i`, `unsqueeze`, `expand` and `index` rearrange indices, comparisons and logic act on elements. So a
+mask that a model builds from `arange` is *proved* to be causal for every size: its element at `(..., q, k)` is `q - k
+>= 0` as an expression, not by trying some sizes.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from sympy import Expr, Integer
-from sympy.core.relational import Relational
-from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import Tensor, fx
 
+from sparc.analysis.logic import (
+    Index,
+    Unknown,
+    as_boolean,
+    as_number,
+    at_least_zero,
+    choose,
+    map_branches,
+    negate,
+    number,
+    table_element,
+)
 from sparc.analysis.values import size_expression
 from sparc.pattern import normalized_arguments
 from sparc.program import Program, is_weight
-
-Index = tuple[Expr, ...]
-
-_TABLE_LIMIT = 1 << 24
-
-
-class Unknown(Exception):
-    """The element is no function of the indices alone, or the operator is not described here."""
 
 
 def index_symbols(rank: int) -> Index:
@@ -52,7 +55,7 @@ class _Reader:
         if isinstance(value, bool):
             return sympy.true if value else sympy.false
         if isinstance(value, (int, float)):
-            return _number(value)
+            return number(value)
         if not isinstance(value, fx.Node):
             raise Unknown
         if isinstance(value.meta.get("val"), torch.SymInt):
@@ -69,7 +72,10 @@ class _Reader:
         if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
             shape = value.meta["val"].shape
             index = index[len(index) - len(shape) :]
-            index = tuple(Integer(0) if isinstance(size, int) and size == 1 else each for size, each in zip(shape, index, strict=True))
+            index = tuple(
+                Integer(0) if isinstance(size, int) and size == 1 else each
+                for size, each in zip(shape, index, strict=True)
+            )
         return self.read(value, index)
 
 
@@ -77,112 +83,7 @@ def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", ""))
 
 
-def _number(value: float) -> Any:
-    if value in (float("inf"), float("-inf")):
-        return sympy.oo if value > 0 else -sympy.oo
-    if isinstance(value, int) or value == int(value) and abs(value) < 2**53:
-        return Integer(int(value))
-    return sympy.Float(value, 17)
-
-
-def table_element(table: Tensor, index: Index) -> Any:
-    """A closed form of a constant table: one value, a count along one axis, or a triangle over the last two axes."""
-    if table.numel() == 0 or table.numel() > _TABLE_LIMIT:
-        raise Unknown
-    first = table.flatten()[0]
-    if bool((table == first).all()):
-        return _scalar(first)
-    counted = _counting(table, index)
-    if counted is not None:
-        return counted
-    triangle = _triangle(table, index)
-    if triangle is not None:
-        return triangle
-    raise Unknown
-
-
-def _scalar(value: Tensor) -> Any:
-    item = value.item()
-    return (sympy.true if item else sympy.false) if isinstance(item, bool) else _number(item)  # type: ignore[arg-type]
-
-
-def _counting(table: Tensor, index: Index) -> Any | None:
-    """`start + step * i` along one axis, when all other axes repeat it."""
-    if table.dtype == torch.bool:
-        return None
-    for axis, size in enumerate(table.shape):
-        line = table.movedim(axis, 0).reshape(size, -1)
-        if size < 2 or not bool((line == line[:, :1]).all()):
-            continue
-        column = line[:, 0].double()
-        start, step = column[0], column[1] - column[0]
-        if torch.equal(column, start + step * torch.arange(size, dtype=torch.float64)):
-            return _number(start.item()) + _number(step.item()) * index[axis]
-    return None
-
-
-def _triangle(table: Tensor, index: Index) -> Any | None:
-    """One value on and below a diagonal, another above it."""
-    if table.ndim < 2:
-        return None
-    matrix = table.reshape(-1, *table.shape[-2:])
-    if not bool((matrix == matrix[:1]).all()):
-        return None
-    matrix = matrix[0]
-    rows, columns = matrix.shape
-    row = matrix[0]
-    changed = (row != row[0]).nonzero()
-    diagonal = int(changed[0]) - 1 if len(changed) else columns - 1
-    below = torch.ones(rows, columns, dtype=torch.bool).tril(diagonal)
-    low, high = matrix[0, 0], matrix[~below][0] if bool((~below).any()) else None
-    if high is None or not torch.equal(torch.where(below, low, high), matrix):
-        return None
-    inside = at_least_zero(index[-2] + diagonal - index[-1])
-    return choose(inside, _scalar(low), _scalar(high))
-
-
-# logic ------------------------------------------------------------------------------------------------------------------
-def at_least_zero(expression: Expr) -> Any:
-    """The boolean `expression >= 0` in one canonical form."""
-    return sympy.Ge(sympy.expand(expression), 0)
-
-
-def choose(condition: Any, yes: Any, no: Any) -> Any:
-    """`yes` where the condition holds, else `no`; booleans become logic."""
-    if condition in (sympy.true, sympy.false):
-        return yes if condition == sympy.true else no
-    if yes == no:
-        return yes
-    if yes in (sympy.true, sympy.false) and no in (sympy.true, sympy.false):
-        return condition if yes == sympy.true else sympy.Not(condition)
-    return sympy.Piecewise((as_number(yes), condition), (as_number(no), True))
-
-
-def as_number(value: Any) -> Any:
-    """A boolean as 0 or 1; numbers unchanged."""
-    if value in (sympy.true, sympy.false):
-        return Integer(1 if value == sympy.true else 0)
-    return sympy.Piecewise((Integer(1), value), (Integer(0), True)) if _is_boolean(value) else value
-
-
-def as_boolean(value: Any) -> Any:
-    """A number as `value != 0`; booleans unchanged."""
-    if _is_boolean(value):
-        return value
-    value = sympy.piecewise_fold(value)
-    if value.is_number:
-        return sympy.true if value != 0 else sympy.false
-    if isinstance(value, sympy.Piecewise) and all(branch.is_number for branch, _ in value.args) and len(value.args) == 2:
-        (yes, condition), (no, _) = value.args
-        return choose(condition, sympy.true if yes != 0 else sympy.false, sympy.true if no != 0 else sympy.false)
-    raise Unknown
-
-
-def _is_boolean(value: Any) -> bool:
-    return isinstance(value, (BooleanFunction, BooleanAtom, Relational))  # a Symbol is a Boolean too
-
-
-# rules ------------------------------------------------------------------------------------------------------------------
+# rules ---------------------------------------------------------------------------------------------------------------
 def _arguments(node: fx.Node) -> dict[str, Any]:
     return normalized_arguments(node)
 
@@ -198,7 +99,9 @@ def _arange(reader: _Reader, node: fx.Node, index: Index) -> Any:
 
 
 def _filled(value: Any) -> Callable[..., Any]:
-    return lambda reader, node, index: value if node.meta["val"].dtype != torch.bool else (sympy.true if value == 1 else sympy.false)
+    return lambda reader, node, index: (
+        value if node.meta["val"].dtype != torch.bool else (sympy.true if value == 1 else sympy.false)
+    )
 
 
 def _full(reader: _Reader, node: fx.Node, index: Index) -> Any:
@@ -234,7 +137,9 @@ def _reshape(reader: _Reader, node: fx.Node, index: Index) -> Any:
     if sizes != [size_expression(size) for size in old if not (isinstance(size, int) and size == 1)]:
         raise Unknown
     feed = iter(kept)
-    return reader.read(node.args[0], tuple(Integer(0) if isinstance(size, int) and size == 1 else next(feed) for size in old))
+    return reader.read(
+        node.args[0], tuple(Integer(0) if isinstance(size, int) and size == 1 else next(feed) for size in old)
+    )
 
 
 def _slice(reader: _Reader, node: fx.Node, index: Index) -> Any:
@@ -289,7 +194,7 @@ def _binary(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    return _binary(lambda a, b: sympy.piecewise_fold(function(as_number(a), as_number(b))))
+    return _binary(lambda a, b: map_branches(function, as_number(a), as_number(b)))
 
 
 def _compare(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
@@ -327,13 +232,6 @@ def _not(reader: _Reader, node: fx.Node, index: Index) -> Any:
     return negate(as_boolean(reader.operand(node.args[0], index)))
 
 
-def negate(condition: Any) -> Any:
-    """The negation, again as `expression >= 0` where it was one: not (n >= 0) is -n - 1 >= 0 for an integer n."""
-    if isinstance(condition, sympy.Ge) and condition.args[1] == 0 and condition.args[0].is_integer:
-        return at_least_zero(-condition.args[0] - 1)
-    return sympy.Not(condition)
-
-
 def _where(reader: _Reader, node: fx.Node, index: Index) -> Any:
     condition, yes, no = (reader.operand(each, index) for each in node.args)
     return choose(as_boolean(condition), yes, no)
@@ -366,7 +264,12 @@ def _diff(reader: _Reader, node: fx.Node, index: Index) -> Any:
     """Of a sequence with one element prepended, when the first difference continues the others."""
     arguments = _arguments(node)
     axis, prepended = arguments["dim"] % len(index), arguments.get("prepend")
-    if arguments["n"] != 1 or arguments.get("append") is not None or prepended is None or prepended.meta["val"].shape[axis] != 1:
+    if (
+        arguments["n"] != 1
+        or arguments.get("append") is not None
+        or prepended is None
+        or prepended.meta["val"].shape[axis] != 1
+    ):
         raise Unknown
 
     def at(value: Any, position: Any) -> Any:
@@ -413,13 +316,14 @@ _RULES: dict[str, Callable[..., Any]] = {
 }
 
 
-def mask_condition(program: Program, mask: fx.Node, lowest: Sequence[float]) -> Any | None:
-    """When attention looks at key `k` from query `q`, as a boolean in the last two index symbols; None when it depends on inputs.
+def mask_condition(program: Program, mask: fx.Node, lowest: float) -> Any | None:
+    """When attention looks at key `k` from query `q`, as a boolean in the last two index symbols; None when it depends
+    on inputs.
 
     Args:
         program: the program.
-        mask: a boolean mask (True: look), or an additive one whose elements are 0 or one of `lowest`.
-        lowest: additive values that mean "do not look".
+        mask: a boolean mask (True: look), or an additive one whose elements are 0 or at most `lowest`.
+        lowest: an additive value that, like every lower one, means "do not look".
     """
     index = index_symbols(_rank(mask))
     try:
@@ -439,5 +343,5 @@ def mask_condition(program: Program, mask: fx.Node, lowest: Sequence[float]) -> 
         return None
 
 
-def _is_lowest(value: Any, lowest: Sequence[float]) -> bool:
-    return bool(value.is_number) and float(value) in lowest
+def _is_lowest(value: Any, lowest: float) -> bool:
+    return bool(value.is_number) and float(value) <= lowest

@@ -77,7 +77,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def scalar_value(program: Program, value: Any) -> float | int | bool | None:
-    """The number that `value` stands for: a literal, a constant of one element, or a tensor filled with one number; else None."""
+    """The number that `value` stands for: a literal, a constant of one element, or a tensor filled with one number;
+    else None.
+    """
     if isinstance(value, (bool, int, float)):
         return value
     if is_weight(value):
@@ -108,7 +110,10 @@ def is_deterministic(node: fx.Node) -> bool:
         return True
     if target in _DROPOUTS:
         return node.args[2:3] == (False,)
-    return target is aten.scaled_dot_product_attention.default and not (node.args[4:5] or (node.kwargs.get("dropout_p", 0.0),))[0]
+    return (
+        target is aten.scaled_dot_product_attention.default
+        and not (node.args[4:5] or (node.kwargs.get("dropout_p", 0.0),))[0]
+    )
 
 
 def wrapped_axis(axis: Any, rank: int) -> int | None:
