@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from sparc import codes
 from sparc.diag import ArtifactError
+from sparc.execute import Values
 from sparc.program import Program, location
 from sparc.signature import Signature
 from sparc.text import operator_name
@@ -64,7 +65,8 @@ def difference(name: str, a: Tensor, b: Tensor, node: fx.Node | None = None) -> 
     error = torch.where(same, 0.0, (wide_b - wide_a).abs() / (1 + wide_a.abs()))
     error = torch.where(error.isnan(), math.inf, error)
     figures = [_percentile(error, part) for part in (1.0, 0.99, 0.9)]
-    return Difference(name, *figures, snr_db(a, b), cosine(a, b), *labels)
+    noise = snr_db(a, b) if math.isfinite(figures[0]) else -math.inf
+    return Difference(name, *figures, noise, cosine(a, b), *labels)
 
 
 def _percentile(values: Tensor, part: float) -> float:
@@ -119,11 +121,11 @@ def layer_differences(a: Program, b: Program, inputs: Sequence[Tensor], entry: s
     recorded: dict[str, Tensor] = {}
     found: list[Difference] = []
 
-    def record(node: fx.Node, value: Any) -> None:
+    def record(node: fx.Node, value: Any, _alive: Values) -> None:
         if node.name in wanted and isinstance(value, Tensor) and node.op == "call_function":
             recorded[node.name] = value
 
-    def compare(node: fx.Node, value: Any) -> None:
+    def compare(node: fx.Node, value: Any, _alive: Values) -> None:
         reference = recorded.pop(node.name, None) if node.op == "call_function" else None
         if reference is not None and isinstance(value, Tensor) and value.shape == reference.shape:
             found.append(difference(node.name, reference, value, node))
