@@ -29,7 +29,9 @@ _HALVES = trace(
 _PAIRS = trace(
     lambda op, x, cos, sin, d, e, shape, low, high, half, far: op.add(
         op.mul(x, cos),
-        op.mul(op.reshape(op.stack([op.neg(op.slice(x, d, half, far, 2)), op.slice(x, d, low, high, 2)], e), shape), sin),
+        op.mul(
+            op.reshape(op.stack([op.neg(op.slice(x, d, half, far, 2)), op.slice(x, d, low, high, 2)], e), shape), sin
+        ),
     )
 )
 _PARTIAL = trace(lambda op, turned, x, d, e, low, far: op.cat([turned, op.slice(x, d, low, far)], e))

@@ -7,7 +7,6 @@ import torch
 from torch import fx
 
 from sparc.codegen.onnx.emit import Emitter, Translation
-from sparc.codegen.onnx.sizes import expression
 
 
 def attention(
@@ -16,9 +15,9 @@ def attention(
     q: fx.Node,
     k: fx.Node,
     v: fx.Node,
-    mask: fx.Node | None = None,
-    dropout: float = 0.0,
-    causal: bool = False,
+    attn_mask: fx.Node | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -35,24 +34,24 @@ def attention(
     scores = e.op("MatMul", q, transposed(e, keys, order))
     if scale != 1:
         scores = e.op("Mul", scores, e.const(scale, dtype))
-    bias = e.value(mask) if mask is not None and mask.meta["val"].dtype != torch.bool else None
-    visible = visibility(e, q, k, mask if bias is None else None, causal)
-    if visible is not None:
-        scores = e.op("Add", scores, penalty(e, visible, dtype))
-    if bias is not None:
-        scores = e.op("Add", scores, e.cast(bias, dtype) if mask.meta["val"].dtype != dtype else bias)  # type: ignore[union-attr]
-    result = e.op("MatMul", e.op("Softmax", scores, axis=-1), values)
-    if visible is not None and may_hide_rows(mask, causal):
-        result = e.op("Mul", result, visible_rows(e, visible, dtype))
-    return result
+    if is_causal:
+        scores = e.op("Add", scores, penalty(e, causality(e, q, k), dtype))
+    if attn_mask is None:
+        return e.op("MatMul", e.op("Softmax", scores, axis=-1), values)
+    mask = unexpanded(attn_mask)
+    if mask.meta["val"].dtype == torch.bool:
+        visible = e.value(mask)
+        added = penalty(e, visible, dtype)
+    else:
+        given = e.cast(mask, dtype)
+        visible = e.op("Greater", given, e.const(-math.inf, dtype))
+        added = e.op("Max", given, e.const(torch.finfo(dtype).min / 2, dtype))
+    result = e.op("MatMul", e.op("Softmax", e.op("Add", scores, added), axis=-1), values)
+    return e.op("Mul", result, visible_rows(e, visible, dtype))
 
 
-def visibility(e: Emitter, q: fx.Node, k: fx.Node, mask: fx.Node | None, causal: bool) -> ir.Value | None:
-    """Which key each query sees, as booleans that broadcast to `[..., queries, keys]`; None for all."""
-    if mask is not None:
-        return e.value(unexpanded(mask))
-    if not causal:
-        return None
+def causality(e: Emitter, q: fx.Node, k: fx.Node) -> ir.Value:
+    """Which key each query sees: those up to its own position, as booleans `[queries, keys]`."""
     zero, one = e.const(0, torch.int64), e.const(1, torch.int64)
     rows = e.op("Range", zero, e.sizes.scalar(q.meta["val"].shape[-2]), one)
     columns = e.op("Range", zero, e.sizes.scalar(k.meta["val"].shape[-2]), one)
@@ -73,14 +72,6 @@ def unexpanded(mask: fx.Node) -> fx.Node:
 def penalty(e: Emitter, visible: ir.Value, dtype: torch.dtype) -> ir.Value:
     """0 where a key is visible, half the least finite number elsewhere."""
     return e.op("Where", visible, e.const(0, dtype), e.const(torch.finfo(dtype).min / 2, dtype))
-
-
-def may_hide_rows(mask: fx.Node | None, causal: bool) -> bool:
-    """Whether a single query may see no key while others do: only where the mask has rows of its own."""
-    if mask is None or causal:
-        return False
-    fake = unexpanded(mask).meta["val"]
-    return fake.ndim >= 2 and expression(fake.shape[-2]) != 1
 
 
 def visible_rows(e: Emitter, visible: ir.Value, dtype: torch.dtype) -> ir.Value:
