@@ -16,6 +16,7 @@ from sparc.capture import Dynamic, capture
 from sparc.diag import Diagnostics, PassError
 from sparc.driver import VERIFY_LEVELS, Driver
 from sparc.exported import capture_exported
+from sparc.parity import check_sites
 from sparc.pass_base import Pass, Samples, Stage
 from sparc.program import Program
 from sparc.recipe import Recipe, Step, resolve_recipe
@@ -95,6 +96,8 @@ def compile(
     baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])
     context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
     emission = place.emit(driver.program, context)
+    if verify != "types":
+        check_sites(baseline, driver.program, place, samples, context.options, every=verify == "full")
     artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml())
     _gather_evidence(artifact, captured, baseline, samples, target)
     if measure:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from sparc import codes
 from sparc.analysis.sites import Site, find_sites
 from sparc.diag import Diagnostic, VerifyError
-from sparc.encoding.operators import is_decode, is_quantize
+from sparc.encoding.operators import is_decode
 from sparc.ledger import Ratio, SiteRow, Summary
 from sparc.measure import paired_ratio
 from sparc.pass_base import Samples
@@ -77,11 +77,6 @@ def stored_bytes(program: Program, site: Site | None, dense: int) -> int:
         return program.weights[site.weight].nbytes if site.weight in program.weights else dense
     parts: Any = site.source.args[0]
     return int(sum(program.weights[str(part.target)].nbytes for part in parts))
-
-
-def is_activation_quantized(program: Program) -> bool:
-    """Whether any activation of the program is quantized."""
-    return any(is_quantize(node) for _, node in program.nodes())
 
 
 def run_all(run: Callable[[Sequence[Tensor]], list[Any]], batches: Sequence[list[Tensor]]) -> list[list[Any]]:
