@@ -13,6 +13,7 @@ def extension() -> Extension:
     from sparc.encoding.int_grid import IntGrid
     from sparc.encoding.nm import NM
     from sparc.passes.activation.dynamic import QuantizeActivations
+    from sparc.passes.activation.static import CalibrateActivations
     from sparc.passes.canonicalize import Canonicalize
     from sparc.passes.clean import RemoveDead
     from sparc.passes.encode import Encode
@@ -23,5 +24,5 @@ def extension() -> Extension:
 
     steps = {type(step): None for step in Canonicalize().steps()}
     passes = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
-    passes = (*passes, Prune, Round, QuantizeActivations, Encode)
+    passes = (*passes, Prune, Round, QuantizeActivations, CalibrateActivations, Encode)
     return Extension("sparc", passes=passes, encodings=(Dense, IntGrid, NM, Blocks), recipes=recipes())
