@@ -1,6 +1,8 @@
 """One entry becomes one ONNX graph: nodes are visited in order, each goes to the first translation that takes it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,6 +18,7 @@ from sparc.codegen.onnx.sizes import Size, Sizes, expression
 from sparc.codegen.onnx.store import Store, initializer
 from sparc.codegen.onnx.types import onnx_type
 from sparc.diag import Diagnostics, LoweringError
+from sparc.encoding.operators import is_quantize
 from sparc.program import Entry, Program, is_weight, location
 from sparc.target import KernelUse
 from sparc.text import dim_text
@@ -49,6 +52,8 @@ class Emitter:
         diagnostics: where remarks go.
         table: translations by operator (`aten.add.Tensor`).
         rules: region translations, tried first.
+        fallback: the translation of what the table lacks.
+        lazy: nodes to emit only when something reads them.
     """
 
     def __init__(
@@ -62,10 +67,11 @@ class Emitter:
         table: Mapping[str, Translation],
         rules: Sequence[Rule],
         fallback: Translation,
+        lazy: AbstractSet[fx.Node] = frozenset(),
     ) -> None:
         self.program, self.entry, self.target = program, entry, target
         self.store, self.kernels, self.diagnostics = store, kernels, diagnostics
-        self.table, self.rules, self.fallback = table, rules, fallback
+        self.table, self.rules, self.fallback, self.lazy = table, rules, fallback, lazy
         names = [*entry.signature.input_names, *entry.signature.output_names]
         self.builder = Builder(reserved=[*names, *program.weights])
         self.sizes = Sizes(self.builder)
@@ -83,7 +89,8 @@ class Emitter:
         for node, wish in zip(self.entry.placeholders, self.entry.signature.input_names, strict=True):
             self._input(node, wish)
         for node in self.entry.graph.nodes:
-            if node.op == "call_function" and str(node.target) not in _LAZY and node not in self._values:
+            lazy = str(node.target) in _LAZY or node in self.lazy
+            if node.op == "call_function" and not lazy and node not in self._values:
                 self._emit(node)
         outputs = self._outputs()
         nodes = self.builder.finish(outputs)
@@ -96,6 +103,11 @@ class Emitter:
             name=name,
             opset_imports={"": self.target.opset},
         )
+
+    @cached_property
+    def quantizes_statically(self) -> bool:
+        """Whether the entry quantizes an activation with given parameters."""
+        return any(is_quantize(node) and bool(node.args[1]) for node in self.entry.graph.nodes)
 
     def _input(self, node: fx.Node, name: str) -> None:
         value = ir.Value(name=name)

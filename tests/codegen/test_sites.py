@@ -12,7 +12,7 @@ from sparc.codegen.onnx.check import check_model
 from sparc.encoding.int_grid import IntGrid
 from sparc.program import Program
 from tests.codegen.emitting import FLAVOURS, assert_agrees, emit, operators, optimized
-from tests.codegen.encoding import encode_weights, quantize_input
+from tests.codegen.encoding import encode_weights, quantize_input, quantized
 
 torch.manual_seed(1)
 EXACT = 1e-5
@@ -198,3 +198,27 @@ def test_integer_convolution(flavour: str, tmp_path: Path) -> None:
     assert_agrees(program, emission, [x], 6 / 255)
     assert emission.kernels["first.weight"].operator == "QLinearConv"
     assert "QLinearConv" in optimized(emission, tmp_path)
+
+
+class FloatBetween(nn.Module):
+    """A convolution, a transposed one and a product whose weights stay float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up, self.fc = nn.Conv2d(4, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 2, 2), nn.Linear(18, 18)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.conv(x), self.up(x), self.fc(self.up(x))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_float_weights_between_quantized_activations_stay_float(flavour: str) -> None:
+    """ONNX Runtime would round them to 8 bits by itself."""
+    x = torch.rand(2, 4, 9, 9) * 2
+    program = quantize_input(capture(FloatBetween(), (x,)), "static", params=(0.01, 0))
+    entry = program.main
+    results = list(entry.output.args[0])  # type: ignore[arg-type]
+    for index, result in enumerate(results):
+        results[index] = quantized(program, entry, result, entry.output, "static", 32, (0.02, 128))
+    entry.output.args = (results,)
+    assert_agrees(program, emit(program, flavour), [x], 1e-6)

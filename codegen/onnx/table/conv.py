@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from sparc.codegen.onnx.emit import Emitter, Translation
+from sparc.codegen.onnx.table.shield import shielded
 
 
 def _spread(value: Any, rank: int) -> list[int]:
@@ -32,7 +33,8 @@ def conv(
     groups: int = 1,
 ) -> ir.Value | None:
     """Convolution of 1, 2 or 3 spatial axes; a sample without batch axis gets one."""
-    return convolve(e, node, x, e.value(weight), None if bias is None else e.value(bias), conv_attributes(node))
+    shift = None if bias is None else e.value(bias)
+    return convolve(e, node, shielded(e, x), e.value(weight), shift, conv_attributes(node))
 
 
 def conv_attributes(node: fx.Node) -> dict[str, Any]:
@@ -88,8 +90,10 @@ def convolution(
         "group": groups,
     }
     if transposed:
-        return e.op("ConvTranspose", x, weight, bias, output_padding=_spread(output_padding, rank), **attributes)
-    return e.op("Conv", x, weight, bias, **attributes)
+        return e.op(
+            "ConvTranspose", shielded(e, x), weight, bias, output_padding=_spread(output_padding, rank), **attributes
+        )
+    return e.op("Conv", shielded(e, x), weight, bias, **attributes)
 
 
 def conv_transpose(

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, fx
 
 from sparc.codegen.onnx.emit import MS, Emitter, Translation
+from sparc.codegen.onnx.table.shield import shielded
 from sparc.program import is_weight
 
 
 def linear(e: Emitter, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> ir.Value:
     """`x @ weight.T + bias`; a weight is stored transposed, unless something else reads it as it is."""
     if is_weight(weight) and not _read_otherwise(e, weight):
-        product = e.op("MatMul", x, e.weight(str(weight.target), "transpose"))
+        product = e.op("MatMul", shielded(e, x), e.weight(str(weight.target), "transpose"))
     elif is_weight(weight):
         return _linear_untransposed(e, node, x, weight, bias)
     else:
-        product = e.op("MatMul", x, e.op("Transpose", weight, perm=[1, 0]))
+        product = e.op("MatMul", shielded(e, x), e.op("Transpose", weight, perm=[1, 0]))
     return product if bias is None else e.op("Add", product, bias)
 
 
@@ -37,9 +38,9 @@ def _linear_untransposed(e: Emitter, node: fx.Node, x: fx.Node, weight: fx.Node,
     """The product with a weight that stays `[out, in]`: a Gemm on flattened rows, or FusedMatMul."""
     fake = x.meta["val"]
     if e.target.contrib and fake.dtype == torch.float32:
-        product = e.op("FusedMatMul", x, weight, transB=1, domain=MS)
+        product = e.op("FusedMatMul", shielded(e, x), weight, transB=1, domain=MS)
         return product if bias is None else e.op("Add", product, bias)
-    rows = e.reshape(x, fake.shape, [-1, fake.shape[-1]]) if fake.ndim != 2 else e.value(x)
+    rows = shielded(e, x) if fake.ndim == 2 else e.reshape(shielded(e, x), fake.shape, [-1, fake.shape[-1]])
     product = e.op("Gemm", rows, weight, bias, transB=1)
     if fake.ndim == 2:
         return product
@@ -57,7 +58,7 @@ def addmm(e: Emitter, node: fx.Node, c: fx.Node, a: fx.Node, b: fx.Node, *, beta
     """`beta * c + alpha * (a @ b)`."""
     if not node.meta["val"].dtype.is_floating_point:
         return e.op("Add", c, e.op("MatMul", a, b))
-    return e.op("Gemm", a, b, c, alpha=float(alpha), beta=float(beta))
+    return e.op("Gemm", shielded(e, a), b, c, alpha=float(alpha), beta=float(beta))
 
 
 def baddbmm(
