@@ -22,15 +22,17 @@ from sparc.program import Program
 
 @dataclass(frozen=True)
 class Prune(Pass):
-    """w => w * mask, where mask keeps the greatest `|w| * sqrt(importance)` of each N:M group, or the blocks of greatest norm.
+    """w => w * mask, which keeps the n greatest `|w| * sqrt(importance)` of every m, or the blocks of greatest norm.
 
-    The weight gets a grid that holds the mask, which rounding keeps. Embeddings are left alone: no product skips their zeros.
+    The weight gets a grid that holds the mask, which rounding keeps. Embeddings are left alone: no product skips their
+    zeros.
 
     Args:
         pattern: `NM(n, m)` or `Blocks((rows, columns))`; how the kept values are stored is for `Round` to say.
         density: the part of the blocks to keep, 0 to 1; for `Blocks` only, since `NM` keeps n of m.
-        importance: `none` prunes by magnitude; `data` weighs a column by the mean square of its input (Wanda, Sun et al. 2023).
-        floor: a site whose signal-to-noise ratio in decibels falls below is restored, with a remark.
+        importance: `none` prunes by magnitude; `data` weighs a column by the mean square of its input (Wanda, Sun et
+            al. 2023).
+        floor: a site whose signal-to-noise ratio falls below so many decibels is restored, with a remark.
 
     Raises:
         PassError: SPARC209 when the pattern is no mask, says how values are stored, or does not go with the density.
@@ -45,18 +47,16 @@ class Prune(Pass):
     floor: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, (NM, Blocks)):
-            raise PassError(codes.BAD_OPTION, f"prune has no pattern {self.pattern}", hint="pattern is NM(n, m) or Blocks((rows, columns))")
-        if self.pattern.of != Dense():
-            raise PassError(
-                codes.BAD_OPTION,
-                f"prune cannot store values as {self.pattern.of}",
-                hint=f"prune to {self.pattern.around(Dense())}, then round to {self.pattern.of}",
-            )
-        if isinstance(self.pattern, NM) and self.density is not None:
-            raise PassError(codes.BAD_OPTION, f"prune has no density for {self.pattern}", hint="n of m are kept; choose n and m")
-        if isinstance(self.pattern, Blocks) and (self.density is None or not 0 < self.density < 1):
-            raise PassError(codes.BAD_OPTION, f"prune to {self.pattern} needs a density, not {self.density}", hint="density=0.5 keeps half")
+        pattern = self.pattern
+        if not isinstance(pattern, (NM, Blocks)):
+            raise _refused(f"prune has no pattern {pattern!r}", "pattern is NM(n, m) or Blocks((rows, columns))")
+        if pattern.of != Dense():
+            bare = pattern.around(Dense())
+            raise _refused(f"prune cannot store values as {pattern.of}", f"prune to {bare}, then round to {pattern.of}")
+        if isinstance(pattern, NM) and self.density is not None:
+            raise _refused(f"prune has no density for {pattern}", "n of m are kept: choose n and m")
+        if isinstance(pattern, Blocks) and (self.density is None or not 0 < self.density < 1):
+            raise _refused(f"prune to {pattern} needs a density, not {self.density}", "density=0.5 keeps half")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -103,3 +103,7 @@ class Prune(Pass):
         if any(use.operator == "conv" for use in site.uses) and weight.shape[1] == 1:
             return "it is a depthwise convolution: each output reads a single channel"
         return self.pattern.accepts(site.view.matrix_shape(weight.shape))
+
+
+def _refused(what: str, hint: str) -> PassError:
+    return PassError(codes.BAD_OPTION, what, hint=hint)

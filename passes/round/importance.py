@@ -13,12 +13,12 @@ from sparc.program import Program
 def column_importance(program: Program, site: Site, context: PassContext) -> Tensor | None:
     """The mean square of the input that each element of a site's matrix meets, averaged over the site's uses.
 
-    An error in an element changes the output by that error times the element's input, so squared errors cost the input's mean
-    square (Wanda, Sun et al. 2023, prunes by it; AWQ, Lin et al. 2023, scales by it).
+    An error in an element changes the output by that error times the element's input, so squared errors cost the
+    input's mean square (Wanda, Sun et al. 2023, prunes by it; AWQ, Lin et al. 2023, scales by it).
 
     Returns:
-        Float32 `[reduce]`, or `[batch..., out, reduce]` for convolutions, whose groups read different inputs. None when calibration
-        measured no input of the site.
+        Float32 `[reduce]`, or `[batch..., out, reduce]` for convolutions, whose groups read different inputs. None when
+        calibration measured no input of the site.
     """
     weight = program.weights[site.weight]
     found = [_of_use(use, weight, context) for use in site.uses]

@@ -24,9 +24,9 @@ class Round(Pass):
     Args:
         encoding: the grid's encoding.
         search: look for the grid with the least squared error instead of covering the whole range.
-        importance: what a squared error in a column costs: `none` (the same in every column) or `data` (the mean square of the input
-            column, from calibration).
-        floor: a site whose signal-to-noise ratio in decibels falls below is restored, with a remark.
+        importance: what a squared error in a column costs: `none` (the same in every column) or `data` (the mean square
+            of the input column, from calibration).
+        floor: a site whose signal-to-noise ratio falls below so many decibels is restored, with a remark.
     """
 
     name: ClassVar[str] = "round"
