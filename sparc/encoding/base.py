@@ -158,5 +158,6 @@ def saturate(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A cast between float types that gives the greatest finite number where the plain cast would give infinity."""
     greatest = torch.finfo(dtype).max
     if greatest < torch.finfo(tensor.dtype).max:
-        tensor = tensor.clamp(-greatest, greatest)
+        wide = tensor if tensor.dtype == torch.float64 else tensor.float()  # a narrower one may not hold the bound
+        tensor = wide.clamp(-greatest, greatest)
     return tensor.to(dtype)

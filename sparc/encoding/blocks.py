@@ -60,7 +60,7 @@ class Blocks(MaskEncoding):
     def accepts(self, shape: Sequence[int]) -> str | None:
         """Matrices that `of` accepts and that are no smaller than a block in either direction."""
         if len(shape) >= 2 and (shape[-2] < self.size[0] or shape[-1] < self.size[1]):
-            return f"a {shape[-2]} × {shape[-1]} matrix is smaller than a {self.size[0]} × {self.size[1]} block"  # noqa: RUF001
+            return f"its {shape[-2]} rows and {shape[-1]} columns are fewer than a block's, {self.size}"
         return self.of.accepts(shape)
 
     # the mask -------------------------------------------------------------------------------------------------------

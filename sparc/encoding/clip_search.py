@@ -123,7 +123,7 @@ class _Search:
         return self.best
 
     def spans(self) -> list[float]:
-        """By what to stretch the range so that it takes fewer steps, or the one more that a symmetric grid has below 0."""
+        """By what to stretch the range so that it takes fewer steps, or the one more that a symmetric grid has."""
         if self.spec.bits > 4:
             return []
         steps = self.spec.high

@@ -101,10 +101,10 @@ class IntGrid(ElementEncoding):
     def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: bool = False) -> Grid:
         """Cover each group's range (min-max), or look for less squared error (`sparc.encoding.clip_search`).
 
-        Min-max finds a grid again, to float rounding, from weights that lie on it and use its outermost codes: both, or if
-        it is symmetric, `2^(bits-1) - 1` with either sign and not `-2^(bits-1)`. Weights rounded to a min-max grid do,
-        but for one case: an integer zero point whose exact value ends in .5. The search also finds 2- and 4-bit grids of
-        which only inner codes are used.
+        Min-max finds a grid again, to float rounding, from weights that lie on it and use its outermost codes: both, or
+        if it is symmetric, `2^(bits-1) - 1` with either sign and not `-2^(bits-1)`. Weights rounded to a min-max grid
+        do, but for one case: an integer zero point whose exact value ends in .5. The search also finds 2- and 4-bit
+        grids of which only inner codes are used.
         """
         groups = self._grouped(weight.float())
         if importance is None or bool((importance != 0).all()):
@@ -120,8 +120,8 @@ class IntGrid(ElementEncoding):
     def from_range(self, low: Tensor, high: Tensor) -> Grid:
         """The grid that covers `[low, high]`, tensors of shape `[..., out, groups]`; scales of empty ranges are 1.
 
-        Symmetric: `scale = max(|low|, |high|) / (2^(bits-1) - 1)`. Otherwise `scale = (high - low) / (2^bits - 1)`; with
-        an integer zero point the range is first widened to include 0, and `zero = round(-low / scale)`; else
+        Symmetric: `scale = max(|low|, |high|) / (2^(bits-1) - 1)`. Otherwise `scale = (high - low) / (2^bits - 1)`;
+        with an integer zero point the range is first widened to include 0, and `zero = round(-low / scale)`; else
         `minimum = low`.
         """
         if self.symmetric:
@@ -136,14 +136,14 @@ class IntGrid(ElementEncoding):
     def stored_scale(self, scale: Tensor) -> Tensor:
         """Scales as stored.
 
-        Those that are not positive become 1; those below the dtype's normal numbers are rounded up, so that a tiny range
-        is still covered; those so great that a value would overflow are cut.
+        Those that are not positive become 1; those below the dtype's normal numbers are rounded up, so that a tiny
+        range is still covered; those so great that a value would overflow are cut.
         """
         dtype = getattr(torch, self.scale_dtype)
         limits = torch.finfo(dtype)
         step = limits.tiny * limits.eps
         scale = torch.where(scale < limits.tiny, torch.ceil(scale / step) * step, scale)
-        greatest = min(limits.max, torch.finfo(torch.float32).max / 2**self.bits)
+        greatest = min(limits.max, torch.finfo(torch.bfloat16).max / max(-self.low, self.high + 1))
         return torch.where(scale > 0, scale, 1).clamp(max=greatest).to(dtype)
 
     def stored_minimum(self, minimum: Tensor) -> Tensor:
