@@ -24,7 +24,7 @@ _STAGES = (
 )
 
 
-def _same_padding(kernel: int, stride: int) -> nn.Module:
+def same_padding(kernel: int, stride: int) -> nn.Module:
     """TensorFlow's SAME padding for an input size that the stride divides: the odd pixel goes right and below."""
     total = kernel - stride
     before = total // 2
@@ -41,7 +41,7 @@ class InvertedResidual(nn.Module):
         if self._expands:
             self._expand_conv = nn.Conv2d(inputs, hidden, 1, bias=False)
             self._bn0 = nn.BatchNorm2d(hidden, eps=_BATCH_NORM_EPS)
-        self._padding = _same_padding(kernel, stride)
+        self._padding = same_padding(kernel, stride)
         self._depthwise_conv = nn.Conv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False)
         self._bn1 = nn.BatchNorm2d(hidden, eps=_BATCH_NORM_EPS)
         self._project_conv = nn.Conv2d(hidden, outputs, 1, bias=False)
@@ -62,7 +62,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._padding = _same_padding(3, 2)
+        self._padding = same_padding(3, 2)
         self._conv_stem = nn.Conv2d(3, 32, 3, 2, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=_BATCH_NORM_EPS)
         blocks, channels = [], 32

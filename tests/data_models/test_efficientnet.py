@@ -20,6 +20,12 @@ def model():
     return efficientnet.load()
 
 
+@pytest.mark.parametrize(("kernel", "before", "after"), [(3, 0, 1), (5, 1, 2)])
+def test_the_odd_pixel_of_same_padding_goes_right_and_below(kernel, before, after):
+    padded = efficientnet.same_padding(kernel, stride=2)(torch.ones(1, 1, 8, 8))[0, 0]
+    assert padded.sum(0).tolist() == padded.sum(1).tolist() == [0.0] * before + [8.0] * 8 + [0.0] * after
+
+
 def test_photographs_are_recognised(model):
     pictures = dict(zip(held_out_names(), held_out_images(), strict=True))
     batch = crops([pictures[name] for name in _LABELS], len(_LABELS), seed=0)
