@@ -155,7 +155,7 @@ def run_steps(driver: Driver, recipe: Recipe, legalizations: Iterable[Pass] = ()
         if claimed is None and step.pass_.stage > Stage.FOLD:
             claimed = assign(recipe.steps, *find_sites(driver.program))
         while wanted and step.pass_.stage >= Stage.ENCODE:
-            driver.run(wanted.pop(0), "* (for the target)")
+            driver.run(wanted.pop(0), "* (for the target)", remarks=False)
         where = step.where if isinstance(step.where, str) else ", ".join(step.where)
         driver.run(step.pass_, where, partial(_claims, claimed[index]) if claimed is not None else None)
         if step.pass_.stage < Stage.MASK:

@@ -46,9 +46,16 @@ class Driver:
     ledger: Ledger = field(default_factory=Ledger)
     verify: str = "sample"
     _outputs: dict[str, list[Any]] = field(default_factory=dict)
+    _reference: Program | None = None
 
-    def run(self, step: Pass, where: str = "*", claims: Claims | None = None) -> PassRow:
+    def run(self, step: Pass, where: str = "*", claims: Claims | None = None, *, remarks: bool = True) -> PassRow:
         """Run one pass on a clone, check it, and make the clone the current program.
+
+        Args:
+            step: the pass.
+            where: its selector, for the ledger.
+            claims: whether the selector claims a site; every site by default.
+            remarks: keep what the pass says of candidates it leaves alone.
 
         Raises:
             VerifyError: SPARC301 or SPARC304 when the pass breaks its contract; the text around the guilty match is
@@ -57,9 +64,11 @@ class Driver:
         """
         started = time.perf_counter()
         before, after = self.program, self.program.clone()
-        context = self._edit(step, after, claims)
+        if self._reference is None and isinstance(step.contract, Approximate):
+            self._reference = before
+        context = self._edit(step, after, claims, diagnostics=self.diagnostics if remarks else Diagnostics())
         row = PassRow(str(step), where, str(step.contract), context.edits, bytes_before=before.weights.nbytes)
-        row.skips = list(context.skips)
+        row.skips = list(context.skips) if remarks else []
         row.changed = count_changes(before, after)
         if row.changed:
             check_types(step, before, after)
@@ -73,8 +82,15 @@ class Driver:
         return row
 
     # running --------------------------------------------------------------------------------------------------------
-    def _edit(self, step: Pass, program: Program, claims: Claims | None, limit: int | None = None) -> PassContext:
-        context = PassContext(self.diagnostics, claims=claims, limit=limit)
+    def _edit(
+        self,
+        step: Pass,
+        program: Program,
+        claims: Claims | None,
+        limit: int | None = None,
+        diagnostics: Diagnostics | None = None,
+    ) -> PassContext:
+        context = PassContext(diagnostics, claims=claims, limit=limit, reference=self._reference)
         try:
             if step.needs:
                 self._calibrated(step, program, context)
@@ -128,7 +144,7 @@ class Driver:
         for entry in {rewrite.entry for rewrite in chosen}:
             ours = [rewrite for rewrite in chosen if rewrite.entry == entry]
             wanted = {name for rewrite in ours for name in rewrite.boundary}
-            inputs = self.samples.held_out[entry][0]
+            inputs = self.samples.example.get(entry) or self.samples.held_out[entry][0]
             values = record_values(before, entry, inputs, wanted & _names(before, entry))
             values |= record_values(after, entry, inputs, (wanted - set(values)) & _names(after, entry))
             for rewrite in ours:

@@ -18,7 +18,9 @@ from sparc.program import Program, location
 
 
 class Stage(IntEnum):
-    """The order in which kinds of passes are legal: a later kind would undo or invalidate what an earlier one decided."""
+    """The order in which kinds of passes are legal: a later kind would undo or invalidate what an earlier one
+    decided.
+    """
 
     CANONICALIZE = 0
     FOLD = 1
@@ -39,8 +41,10 @@ class Stage(IntEnum):
 class Pass(ABC):
     """A frozen dataclass whose fields are its options.
 
-    Class attributes: `name` (as recipes spell it), `stage`, `needs` (kinds of statistics, see `sparc.calibration`; empty when the pass
-    needs no data), and `scope`: `match` when every edit is local and can be checked by itself, `program` when only the whole can.
+    Class attributes: `name` (as recipes spell it), `stage`, `needs` (kinds of statistics, see `sparc.calibration`;
+    empty when the pass
+    needs no data), and `scope`: `match` when every edit is local and can be checked by itself, `program` when only
+    the whole can.
     """
 
     name: ClassVar[str]
@@ -58,7 +62,9 @@ class Pass(ABC):
         """Edit the program in place. The driver hands over a clone and checks the result."""
 
     def watches(self, program: Program, context: "PassContext") -> Iterator[tuple[fx.Node, str]]:
-        """Which statistics the pass wants of which nodes, as (node, kind): by default every kind in `needs`, of every selected site's input."""
+        """Which statistics the pass wants of which nodes, as (node, kind): by default every kind in `needs`, of
+        every selected site's input.
+        """
         for site in context.sites(program):
             for use in site.uses:
                 if isinstance(use.input, fx.Node):
@@ -103,6 +109,7 @@ class PassContext:
         statistics: `statistics(node, kind)` gives what was measured on a node's value; None when there is no data.
         limit: stop after so many edits (the driver bisects with it).
         block: only nodes of this block may be edited; None for all.
+        reference: the program before the first approximating pass; None while there was none.
     """
 
     def __init__(
@@ -113,18 +120,22 @@ class PassContext:
         statistics: Callable[[fx.Node, str], Any] | None = None,
         limit: int | None = None,
         block: int | None = None,
+        reference: Program | None = None,
     ) -> None:
         self.diagnostics = diagnostics if diagnostics is not None else Diagnostics()
         self.statistics = statistics
         self.limit = limit
         self.block = block
+        self.reference = reference
         self.edits = 0
         self.skips: dict[SkipRow, None] = {}
         self.rewrites: list[Rewrite] = []
         self._claims = claims
 
     def sites(self, program: Program) -> Iterator[Site]:
-        """The selected sites that are not encoded yet; every other weight matrix that was selected is skipped with its reason."""
+        """The selected sites that are not encoded yet; every other weight matrix that was selected is skipped with
+        its reason.
+        """
         found, others = find_sites(program)
         for site in found:
             in_block = self.block is None or site.uses[0].node.meta.get("block", 0) == self.block
@@ -139,7 +150,9 @@ class PassContext:
         return self._claims is None or self._claims(site)
 
     def edit(self) -> bool:
-        """Ask before each edit: False once the limit is reached, and then the pass leaves the candidate alone, silently."""
+        """Ask before each edit: False once the limit is reached, and then the pass leaves the candidate alone,
+        silently.
+        """
         if self.limit is not None and self.edits >= self.limit:
             return False
         self.edits += 1
@@ -162,11 +175,13 @@ class Samples:
         held_out: inputs that calibration never sees.
         calibration: inputs for statistics.
         synthetic: whether they were made up from the example inputs.
+        example: the example inputs, usually the smallest; rewritten regions are checked on them.
     """
 
     held_out: dict[str, list[list[Tensor]]] = field(default_factory=dict)
     calibration: dict[str, list[list[Tensor]]] = field(default_factory=dict)
     synthetic: bool = True
+    example: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 def by_name(nodes: Iterable[fx.Node]) -> dict[str, fx.Node]:

@@ -34,7 +34,7 @@ def make_samples(program: Program, examples: Any, data: Data, diagnostics: Diagn
     if data is None:
         diagnostics.remark(codes.SYNTHETIC_DATA, "measurements ran on synthetic inputs", why="data= was not given")
         made = [example, *(vary(example, seed) for seed in (1, 2))]
-        return Samples({entry: made[:2]}, {entry: made[1:]}, synthetic=True)
+        return Samples({entry: made[:2]}, {entry: made[1:]}, True, {entry: example})
     items = collect(data() if callable(data) else data, "reading data", _LIMIT)
     bound = [bind(program, item) for item in items]
     if not bound:
@@ -43,7 +43,7 @@ def make_samples(program: Program, examples: Any, data: Data, diagnostics: Diagn
         )
     held_out = bound[_HELD_OUT_SHARE - 1 :: _HELD_OUT_SHARE] or [example]
     calibration = [item for index, item in enumerate(bound) if index % _HELD_OUT_SHARE != _HELD_OUT_SHARE - 1]
-    return Samples({entry: held_out}, {entry: calibration or bound}, synthetic=False)
+    return Samples({entry: held_out}, {entry: calibration or bound}, False, {entry: example})
 
 
 def bind(program: Program, item: Any) -> list[Tensor]:
