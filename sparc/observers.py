@@ -1,12 +1,14 @@
 """What calibration can measure on a stream of tensors. Each observer sees one batch at a time and keeps a summary."""
 
+import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _BINS = 2048
+_COUNTED = 2**18
 _ROWS = 512
 _LEAST_WIDTH = 1e-6
 
@@ -25,15 +27,13 @@ class Observer(ABC):
 
     def update(self, value: Tensor) -> None:
         """See one batch."""
-        if value.is_floating_point() and not bool(torch.isfinite(value.sum())):
-            value = torch.where(torch.isfinite(value), value, torch.zeros_like(value))
         if value.numel():
             self.seen = True
             self._add(value)
 
     @abstractmethod
     def _add(self, value: Tensor) -> None:
-        """Take in a finite tensor that is not empty."""
+        """Take in a tensor that is not empty."""
 
     @abstractmethod
     def result(self) -> Any:
@@ -41,7 +41,20 @@ class Observer(ABC):
 
     def by_channel(self, value: Tensor) -> Tensor:
         """The value as float32 `[everything else, channels]`."""
-        return value.float().movedim(self.axis, -1).reshape(-1, value.shape[self.axis])
+        rows = value.float().movedim(self.axis, -1).reshape(-1, value.shape[self.axis])
+        return rows if bool(torch.isfinite(rows.sum())) else _finite(rows)
+
+
+def _finite(value: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(value), value, torch.zeros_like(value))
+
+
+def _extremes(value: Tensor) -> tuple[float, float, Tensor]:
+    """The least and the greatest finite value, and the value without infinities and NaN."""
+    low, high = (float(bound) for bound in torch.aminmax(value))
+    if math.isfinite(low) and math.isfinite(high):
+        return low, high, value
+    return _extremes(_finite(value))
 
 
 class Range(Observer):
@@ -51,8 +64,8 @@ class Range(Observer):
 
     def _add(self, value: Tensor) -> None:
         """Widen."""
-        low, high = torch.aminmax(value.float())
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        low, high, _ = _extremes(value)
+        self.low, self.high = min(self.low, low), max(self.high, high)
 
     def result(self) -> tuple[float, float]:
         """(least, greatest)."""
@@ -94,26 +107,47 @@ class Moments(Observer):
         return self.total / self.count
 
 
-class Histogram(Observer):
-    """`histogram`: counts in equal bins over the range seen so far; `(counts, low, high)`.
+class Counts(NamedTuple):
+    """A histogram.
 
-    When a batch leaves the range, the range is doubled towards it until it fits, so that old bins fall exactly into
-    new ones.
+    Args:
+        counts: `[2048]` float64, of equal bins.
+        low: lower edge of the first bin.
+        high: upper edge of the last bin.
+        least: the least value seen; at or above `low`.
+        greatest: the greatest value seen.
+    """
+
+    counts: Tensor
+    low: float
+    high: float
+    least: float
+    greatest: float
+
+
+class Histogram(Observer):
+    """`histogram`: `Counts` of equal bins over the range seen so far.
+
+    When a batch leaves the range, the range is doubled towards it until it fits, so that old bins fall exactly into new
+    ones. The extremes are those of all values; of a batch of more than 2^18 values, only evenly spaced ones are
+    counted.
     """
 
     counts: Tensor | None = None
     low = high = 0.0
+    least, greatest = math.inf, -math.inf
 
     def _add(self, value: Tensor) -> None:
         """Count one batch."""
-        flat = value.float().flatten()
-        low, high = (float(x) for x in torch.aminmax(flat))
+        low, high, value = _extremes(value)
+        self.least, self.greatest = min(self.least, low), max(self.greatest, high)
         if self.counts is None:
             self.low, self.high = low, max(high, low + max(abs(low), 1.0) * _LEAST_WIDTH)
             self.counts = torch.zeros(_BINS, dtype=torch.float64)
         while low < self.low or high > self.high:
             self._double(towards_low=low < self.low)
-        self.counts += torch.histc(flat, _BINS, self.low, self.high).double()
+        spaced = value.flatten()[:: 2 * (value.numel() // (2 * _COUNTED)) + 1]
+        self.counts += torch.histc(spaced.float(), _BINS, self.low, self.high).double()
 
     def _double(self, towards_low: bool) -> None:
         assert self.counts is not None
@@ -123,10 +157,10 @@ class Histogram(Observer):
         self.counts = torch.cat([empty, halved] if towards_low else [halved, empty])
         self.low, self.high = (self.low - width, self.high) if towards_low else (self.low, self.high + width)
 
-    def result(self) -> tuple[Tensor, float, float]:
-        """(counts, low, high)."""
+    def result(self) -> Counts:
+        """The counts."""
         assert self.counts is not None
-        return self.counts, self.low, self.high
+        return Counts(self.counts, self.low, self.high, self.least, self.greatest)
 
 
 class Rows(Observer):

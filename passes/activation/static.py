@@ -41,7 +41,7 @@ class CalibrateActivations(Pass):
 
     name: ClassVar[str] = "calibrate_activations"
     stage: ClassVar[Stage] = Stage.ACTIVATION
-    needs: ClassVar[frozenset[str]] = frozenset({"histogram", "range"})
+    needs: ClassVar[frozenset[str]] = frozenset({"histogram"})
 
     method: Method = "mse"
     percentile: float = 99.99
@@ -57,11 +57,9 @@ class CalibrateActivations(Pass):
         return Approximate("snr_db", self.floor)
 
     def watches(self, program: Program, context: PassContext) -> Iterator[tuple[fx.Node, str]]:
-        """Ranges, and histograms where the method needs them, of the values of this block that will be quantized."""
+        """Histograms of the values of this block that will be quantized."""
         for _, value in self._values(program, context):
-            yield value, "range"
-            if self.method != "minmax":
-                yield value, "histogram"
+            yield value, "histogram"
 
     def run(self, program: Program, context: PassContext) -> None:
         """Quantize the values of this block."""
@@ -76,17 +74,16 @@ class CalibrateActivations(Pass):
                 fit_bias_step(program, use)
 
     def _range(self, value: fx.Node, context: PassContext) -> Range | None:
-        seen = context.statistics(value, "range") if context.statistics is not None else None
+        seen = context.statistics(value, "histogram") if context.statistics is not None else None
         if seen is None:
             return None
-        low, high = min(0.0, seen[0]), max(0.0, seen[1])
+        low, high = min(0.0, seen.least), max(0.0, seen.greatest)
         if self.method == "minmax":
             return low, high
-        counts, first, last = context.statistics(value, "histogram")  # type: ignore[misc]
         if self.method == "percentile":
-            chosen = percentile_range(counts, first, last, self.percentile)
+            chosen = percentile_range(seen.counts, seen.low, seen.high, self.percentile)
         else:
-            chosen = (mse_range if self.method == "mse" else entropy_range)(counts, first, last)
+            chosen = (mse_range if self.method == "mse" else entropy_range)(seen.counts, seen.low, seen.high)
         return max(low, chosen[0]), min(high, chosen[1])
 
     def _values(self, program: Program, context: PassContext) -> Iterator[tuple[str, fx.Node]]:
