@@ -118,6 +118,8 @@ def _array(value: Any, dtype: ir.DataType) -> np.ndarray:
 
 
 def _hashable(value: Any) -> Any:
+    if isinstance(value, ir.TensorProtocol):
+        return (value.dtype, tuple(value.shape), value.tobytes())
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 

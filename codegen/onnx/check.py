@@ -38,12 +38,12 @@ def check_model(model: onnx.ModelProto) -> None:
         LoweringError: SPARC404 when either rejects the model.
     """
     try:
-        onnx.checker.check_model(_without_weights(model), full_check=True)
+        onnx.checker.check_model(without_weights(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise LoweringError(codes.CHECKER_FAILED, "the model is not valid ONNX", why=str(error).strip()[:500]) from None
 
 
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with every external initializer as an input of the same type."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)

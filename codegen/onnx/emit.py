@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -308,20 +309,39 @@ class Emitter:
         return self.op("Cast", arg, to=onnx_type(dtype))
 
     def reshape(self, x: Any, old: Sequence[Size], new: Sequence[Size]) -> ir.Value:
-        """Reshape with as few computed sizes as possible: an axis that stays is 0, the last other symbolic -1."""
+        """Reshape without computing sizes where that can be: an axis that stays is 0, one other symbolic one is -1.
+
+        Axes line up from the left, or from the right when leading axes of size one are added to the shorter shape.
+        """
         before, after = [expression(size) for size in old], [expression(size) for size in new]
         if before == after:
             return self.value(x)
-        target: list[Any] = []
-        for axis, expr in enumerate(after):
-            kept = not expr.is_Integer and axis < len(before) and before[axis] == expr
-            target.append(0 if kept else int(expr) if expr.is_Integer else expr)
-        symbolic = [axis for axis, size in enumerate(target) if not isinstance(size, int)]
-        if symbolic and 0 not in after and 0 not in before:
-            target[symbolic[-1]] = -1
-        if 0 in after:
+        if 0 in after or 0 in before:
             return self.op("Reshape", x, self.sizes.vector(after), allowzero=1)
-        return self.op("Reshape", x, self.sizes.vector(target))
+        target = _target(before, after)
+        if target is not None:
+            return self.op("Reshape", x, self.ints(target))
+        more = len(after) - len(before)
+        target = _target([*[sympy.Integer(1)] * more, *before], [*[sympy.Integer(1)] * -more, *after])
+        if target is None:
+            return self.op("Reshape", x, self.sizes.vector(after))
+        value = self.op("Unsqueeze", x, list(range(more))) if more > 0 else self.value(x)
+        value = self.op("Reshape", value, self.ints(target))
+        return self.op("Squeeze", value, list(range(-more))) if more < 0 else value
+
+
+def _target(before: Sequence[sympy.Expr], after: Sequence[sympy.Expr]) -> list[int] | None:
+    """A Reshape's target of plain numbers; None when more than one size would have to be computed."""
+    target, unknown = [], 0
+    for axis, expr in enumerate(after):
+        if expr.is_Integer:
+            target.append(int(expr))
+        elif axis < len(before) and before[axis] == expr:
+            target.append(0)
+        else:
+            target.append(-1)
+            unknown += 1
+    return target if unknown <= 1 else None
 
 
 def _is_complex(node: fx.Node) -> bool:

@@ -37,12 +37,18 @@ class Sizes:
         self._builder = builder
         self._sources: dict[sympy.Symbol, Callable[[], ir.Value]] = {}
         self._made: dict[sympy.Expr, ir.Value] = {}
+        self._runs: dict[tuple[sympy.Expr, ...], Callable[[], ir.Value]] = {}
 
     def learn(self, value: ir.Value, fake: Tensor) -> None:
-        """Remember the dimensions of `value` that are plain symbols, unless they are known already."""
+        """Remember the dimensions of `value` that are plain symbols, and runs of several, unless they are known."""
+        exprs = tuple(expression(size) for size in fake.shape)
+        for start in range(len(exprs)):
+            for end in range(start + 2, len(exprs) + 1):
+                if any(not expr.is_Integer for expr in exprs[start:end]):
+                    self._runs.setdefault(exprs[start:end], functools.partial(self._read, value, start, end))
         for axis, size in enumerate(fake.shape):
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                self._sources.setdefault(size.node.expr, functools.partial(self._read, value, axis))
+                self._sources.setdefault(size.node.expr, functools.partial(self._read, value, axis, axis + 1))
 
     def learn_scalar(self, value: ir.Value, symbol: sympy.Expr) -> None:
         """Remember that a computed scalar is this symbol."""
@@ -67,9 +73,12 @@ class Sizes:
 
     def vector(self, sizes: Sequence[Size]) -> ir.Value:
         """Sizes as one int64 vector."""
+        exprs = tuple(map(expression, sizes))
+        if exprs in self._runs:
+            return self._runs[exprs]()
         pieces: list[ir.Value] = []
         run: list[int] = []
-        for expr in map(expression, sizes):
+        for expr in exprs:
             if expr.is_Integer:
                 run.append(int(expr))
                 continue
@@ -81,6 +90,12 @@ class Sizes:
             pieces.append(self._builder.constant(run, _INT))
         return pieces[0] if len(pieces) == 1 else self._op("Concat", *pieces, axis=0)
 
+    def reads(self, sizes: Sequence[Size]) -> bool:
+        """Whether `vector` needs no computation: all is known, or one Shape gives it."""
+        exprs = tuple(map(expression, sizes))
+        symbolic = [expr for expr in exprs if not expr.is_Integer]
+        return exprs in self._runs or not symbolic or (len(exprs) == 1 and exprs[0].is_Symbol)
+
     def _op(self, operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         scope, self._builder.scope = self._builder.scope, "sizes"
         made = self._builder.node(operator, inputs, attributes)[0]
@@ -88,8 +103,8 @@ class Sizes:
         made.type = ir.TensorType(attributes["to"]) if "to" in attributes else ir.TensorType(inputs[0].dtype or _INT)
         return made
 
-    def _read(self, value: ir.Value, axis: int) -> ir.Value:
-        made = self._op("Shape", value, start=axis, end=axis + 1)
+    def _read(self, value: ir.Value, start: int, end: int) -> ir.Value:
+        made = self._op("Shape", value, start=start, end=end)
         made.type = ir.TensorType(_INT)
         return made
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from sparc import codes
 from sparc.codegen.onnx.emission import OnnxEmission
 from sparc.codegen.onnx.emit import MS, Emitter, Rule
+from sparc.codegen.onnx.fuse import plan_fusions
 from sparc.codegen.onnx.registry import fallback
 from sparc.codegen.onnx.sites import RULES
 from sparc.codegen.onnx.store import Store, stored_name
@@ -77,8 +78,10 @@ class OnnxTarget:
         kernels: dict[str, KernelUse] = {}
         models = {}
         for name, entry in program.entries.items():
+            plan = plan_fusions(program, entry, target)
+            rules = [plan, *target.rules()]
             emitter = Emitter(
-                program, entry, target, store, kernels, context.diagnostics, TABLE, target.rules(), fallback
+                program, entry, target, store, kernels, context.diagnostics, TABLE, rules, fallback, plan.lazy
             )
             models[name] = target._model(emitter.run(name))
         read = {stored_name(tensor.name) for model in models.values() for tensor in model.graph.initializer}

@@ -80,7 +80,7 @@ def decode(
 ) -> ir.Value:
     """A decoded activation that no product takes in."""
     x = match_activation(node)
-    if x.kind in ("tensor", "static"):
+    if x.kind == "static" or (x.kind == "tensor" and e.target.flavour != "cuda"):
         return _cast(e, _dequantized(e, x), dtype)
     grid = find_spec(spec)
     if not isinstance(grid, IntGrid) or view != "matrix":

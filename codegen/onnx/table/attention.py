@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from sparc.codegen.onnx.emit import Emitter, Translation
+from sparc.codegen.onnx.table.create import counted
 
 
 def attention(
@@ -52,9 +53,7 @@ def attention(
 
 def causality(e: Emitter, q: fx.Node, k: fx.Node) -> ir.Value:
     """Which key each query sees: those up to its own position, as booleans `[queries, keys]`."""
-    zero, one = e.const(0, torch.int64), e.const(1, torch.int64)
-    rows = e.op("Range", zero, e.sizes.scalar(q.meta["val"].shape[-2]), one)
-    columns = e.op("Range", zero, e.sizes.scalar(k.meta["val"].shape[-2]), one)
+    rows, columns = (counted(e, each.meta["val"].shape[-2]) for each in (q, k))
     return e.op("GreaterOrEqual", e.op("Unsqueeze", rows, [1]), columns)
 
 

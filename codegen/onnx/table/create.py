@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from sparc.codegen.onnx.emit import Emitter, Translation
+from sparc.codegen.onnx.table.shape import broadcast
 from sparc.codegen.onnx.types import onnx_type
 
 _SMALL = 4096
@@ -21,7 +22,7 @@ def filled(e: Emitter, fake: Tensor, number: Any) -> ir.Value:
     array = e.constant_array(value)
     if array is not None and all(isinstance(size, int) for size in fake.shape) and fake.numel() <= _SMALL:
         return e.const(np.full(tuple(fake.shape), array), onnx_type(fake.dtype))
-    return e.op("Expand", value, e.sizes.vector(list(fake.shape)))
+    return broadcast(e, value, fake.new_empty(()), fake)
 
 
 def fill(number: Any) -> Translation:
@@ -56,8 +57,19 @@ def arange(e: Emitter, node: fx.Node, *bounds: Any, **named: Any) -> ir.Value:
     limits = [_limit(e, bound, wide) for bound in (start, end, step)]
     if all(isinstance(bound, (int, float)) for bound in (start, end, step)) and node.meta["val"].numel() <= _SMALL:
         return e.const(torch.arange(start, end, step, dtype=wide).numpy(), onnx_type(dtype))
+    if e.target.flavour == "cuda" and wide == torch.int64 and (start, step) == (0, 1) and isinstance(end, fx.Node):
+        made = counted(e, e.size(end))
+        return made if dtype == torch.int64 else e.op("Cast", made, to=onnx_type(dtype))
     made = e.op("Range", *limits)
     return made if wide == dtype else e.op("Cast", made, to=onnx_type(dtype))
+
+
+def counted(e: Emitter, count: Any) -> ir.Value:
+    """`0, 1, ... count - 1`, int64; on CUDA from running sums of ones, so that no size is computed on the CPU."""
+    if e.target.flavour != "cuda":
+        return e.op("Range", e.const(0, torch.int64), e.sizes.scalar(count), e.const(1, torch.int64))
+    ones = e.op("ConstantOfShape", e.sizes.length(count), value=ir.tensor(np.ones(1, dtype=np.int64)))
+    return e.op("Sub", e.op("CumSum", ones, e.const(0, torch.int64)), e.const(1, torch.int64))
 
 
 def _limit(e: Emitter, bound: Any, dtype: torch.dtype) -> ir.Value:

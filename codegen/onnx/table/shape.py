@@ -4,12 +4,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
 from sparc.codegen.onnx.emit import Emitter, Translation
 from sparc.codegen.onnx.sizes import expression
+from sparc.codegen.onnx.types import onnx_type
 
 
 def reshaped(e: Emitter, node: fx.Node, x: fx.Node, *_: Any, **named: Any) -> ir.Value:
@@ -68,8 +70,30 @@ def broadcast(e: Emitter, x: Any, old: Tensor, new: Tensor) -> ir.Value:
     if before == after:
         return e.value(x)
     lead = len(after) - len(before)
+    if e.sizes.reads(after):
+        return e.op("Expand", x, e.sizes.vector(after))
+    if e.target.flavour == "cuda":
+        return _multiplied(e, x, [*[None] * lead, *before], after, new.dtype)
     wish = [1 if axis >= lead and before[axis - lead] == size else size for axis, size in enumerate(after)]
     return e.op("Expand", x, e.sizes.vector(wish))
+
+
+def _multiplied(e: Emitter, x: Any, before: Sequence[Any], after: Sequence[Any], dtype: torch.dtype) -> ir.Value:
+    """Broadcast by multiplying with ones: their sizes are read one by one, so that none is computed on the CPU."""
+    value = e.value(x)
+    fixed = [1 if not size.is_Integer or before[axis] == size else int(size) for axis, size in enumerate(after)]
+    if any(size != 1 for size in fixed):
+        value = e.op("Expand", value, fixed)
+    for axis, size in enumerate(after):
+        if not size.is_Integer and before[axis] != size:
+            ones = e.op("ConstantOfShape", e.sizes.length(size), value=_one(dtype))
+            ones = e.op("Reshape", ones, [-1 if other == axis else 1 for other in range(len(after))])
+            value = e.op("And" if dtype == torch.bool else "Mul", value, ones)
+    return value
+
+
+def _one(dtype: torch.dtype) -> ir.TensorProtocol:
+    return ir.tensor(np.ones(1, dtype=onnx_type(dtype).numpy()), dtype=onnx_type(dtype))
 
 
 def repeat(e: Emitter, node: fx.Node, x: fx.Node, repeats: Sequence[Any]) -> ir.Value:
