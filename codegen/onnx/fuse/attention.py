@@ -19,11 +19,13 @@ _TYPES = {"cpu": (torch.float32, torch.float16), "portable": (torch.float32, tor
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: q `[batch, heads, queries, size]`, k `[batch, kv_heads, keys, size]`, v `[batch, kv_heads, keys, v_size]`.
+    """One attention.
 
     Args:
         node: the call.
-        q, k, v: its operands.
+        q: `[batch, heads, queries, size]`.
+        k: `[batch, kv_heads, keys, size]`.
+        v: `[batch, kv_heads, keys, v_size]`.
         mask: boolean (True where visible) or added to the scores; None for none.
         causal: whether query i sees the keys up to i only.
         scale: factor of the scores; None for `1 / sqrt(size)`.
@@ -80,13 +82,12 @@ def plan_attention(plan: Plan, node: fx.Node) -> None:
 
     def attended(e: "Emitter") -> ir.Value:
         operands = [each(e) for each in rows]  # type: ignore[misc]
-        heads = {"q_num_heads": found.heads, "kv_num_heads": found.kv_heads}
-        return _operator(e, found, *operands, **heads)
+        return _operator(e, found, *operands, q_num_heads=found.heads, kv_num_heads=found.kv_heads)
 
     put_merged(plan, node, attended, found.heads, int(found.v.meta["val"].shape[3]))
 
 
-def _operator(e: "Emitter", found: Attention, q: Any, k: Any, v: Any, **heads: int) -> ir.Value:
+def _operator(e: "Emitter", found: Attention, q: Any, k: Any, v: Any, **heads: Any) -> ir.Value:
     made: ir.Value = e.op(
         "Attention",
         q,

@@ -1,6 +1,6 @@
 """Rotary position embeddings: `x * cos + rotate_half(x) * sin` as `RotaryEmbedding`."""
 
-import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_POINTWISE = (aten.cos.default, aten.sin.default, aten.to.dtype, aten.neg.default, aten.mul.Scalar, aten.clone.default)
+_POINTWISE = (
+    *(aten.cos.default, aten.sin.default, aten.to.dtype, aten.neg.default, aten.clone.default),
+    *(aten.mul.Scalar, aten.mul.Tensor, aten.div.Tensor, aten.embedding.default, aten.expand.default),
+)
+_ALONG = (
+    *(aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.index_select.default),
+    aten.index.Tensor,
+)
 
 _HALVES = trace(
     lambda op, x, cos, sin, d, e, low, high, half, far: op.add(
@@ -26,12 +33,17 @@ _HALVES = trace(
         op.mul(op.cat([op.neg(op.slice(x, d, half, far)), op.slice(x, d, low, high)], e), sin),
     )
 )
+
+
+def _paired(op: Any, x: Any, d: Any, low: Any, high: Any, half: Any, far: Any) -> Any:
+    """Neighbours exchanged, the second one negated."""
+    swapped = op.stack([op.neg(op.slice(x, d, half, far, 2)), op.slice(x, d, low, high, 2)], -1)
+    return op.either(op.flatten(swapped, -2), op.flatten(swapped, 3), op.reshape(swapped, op.any()))
+
+
 _PAIRS = trace(
-    lambda op, x, cos, sin, d, e, shape, low, high, half, far: op.add(
-        op.mul(x, cos),
-        op.mul(
-            op.reshape(op.stack([op.neg(op.slice(x, d, half, far, 2)), op.slice(x, d, low, high, 2)], e), shape), sin
-        ),
+    lambda op, x, cos, sin, d, low, high, half, far: op.add(
+        op.mul(x, cos), op.mul(_paired(op, x, d, low, high, half, far), sin)
     )
 )
 _PARTIAL = trace(lambda op, turned, x, d, e, low, far: op.cat([turned, op.slice(x, d, low, far)], e))
@@ -101,16 +113,20 @@ def find_rotary(program: Program, node: fx.Node) -> Rotary | None:
         if axis is None or axis != head_axis(shape, sin.meta["val"].shape) or kind not in _TYPES:
             continue
         size = int(shape[3])
-        bounds = (0, size // 2, size // 2) if not pairs else (0, None, 1)
-        if (v["low"] or 0, v["high"] if not pairs else None, v["half"]) != bounds or size % 2 or v["d"] % 4 != 3:
-            continue
-        ends = (v["far"], v["high"]) if pairs else (v["far"],)
-        if any(end is not None and end < size for end in ends) or v["e"] not in ((-1, 4) if pairs else (-1, 3)):
+        if size % 2 or not _turns(v, size, pairs):
             continue
         if any(each.meta["val"].dtype != kind or not repeats(program, each, pairs) for each in (cos, sin)):
             continue
-        return Rotary(x, cos, sin, axis, pairs, size, tuple(reversed(found.nodes)))
+        return Rotary(x, cos, sin, axis, pairs, size, (*(each for each in found.nodes if each is not node), node))
     return None
+
+
+def _turns(v: Mapping[str, Any], size: int, pairs: bool) -> bool:
+    """Whether the bounds of a match are those of its halves, or of every other element."""
+    ends = (v["far"], v["high"]) if pairs else (v["far"],)
+    if v["d"] % 4 != 3 or (v["low"] or 0) != 0 or any(end is not None and end < size for end in ends):
+        return False
+    return v["half"] == 1 if pairs else v["high"] == v["half"] == size // 2 and v["e"] in (-1, 3)
 
 
 def head_axis(x: Any, factor: Any) -> int | None:
@@ -124,7 +140,7 @@ def head_axis(x: Any, factor: Any) -> int | None:
 
 
 def find_partial(rotary: Rotary) -> Rotary | None:
-    """The embedding of the whole head, where only its first elements are turned: `cat(turned(x[..., :n]), x[..., n:])`."""
+    """The embedding of whole heads where only the first elements turn: `cat(turned(x[..., :n]), x[..., n:])`."""
     source = rotary.x
     if source.target is not aten.slice.Tensor or int(source.args[1]) % 4 != 3:  # type: ignore[arg-type]
         return None
@@ -145,7 +161,7 @@ def find_partial(rotary: Rotary) -> Rotary | None:
 
 
 def repeats(program: Program, node: Any, pairs: bool) -> bool:
-    """Whether a tensor's last axis is proved to hold everything twice: its halves are equal, or (`pairs`) its neighbours."""
+    """Whether a tensor's last axis is proved to hold everything twice: equal halves, or (`pairs`) equal neighbours."""
     if is_weight(node):
         table = program.weights[str(node.target)]
         half = table.shape[-1] // 2
@@ -153,24 +169,24 @@ def repeats(program: Program, node: Any, pairs: bool) -> bool:
         return torch.equal(first, second)
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
-    rank, args = node.meta["val"].ndim if isinstance(node.meta["val"], torch.Tensor) else 0, node.args
+    args: tuple[Any, ...] = node.args
+    last = (-1, node.meta["val"].ndim - 1) if isinstance(node.meta["val"], torch.Tensor) else ()
     if node.target is aten.cat.default:
-        parts, axis = args[0], int(args[1]) if len(args) > 1 else 0  # type: ignore[arg-type]
-        return not pairs and axis % rank == rank - 1 and len(parts) == 2 and parts[0] is parts[1]  # type: ignore[arg-type,index]
+        return not pairs and args[1:] in [(axis,) for axis in last] and len(args[0]) == 2 and args[0][0] is args[0][1]
     if node.target is aten.repeat_interleave.self_int:
-        return pairs and args[1] == 2 and len(args) > 2 and int(args[2]) % rank == rank - 1  # type: ignore[arg-type]
-    if node.target in _POINTWISE or (node.target in (aten.mul.Tensor, aten.div.Tensor) and _is_number(args[1])):
-        return repeats(program, args[0], pairs)
-    if node.target is aten.unsqueeze.default:
-        return int(args[1]) % rank != rank - 1 and repeats(program, args[0], pairs)  # type: ignore[arg-type]
-    if node.target in (aten.slice.Tensor, aten.select.int, aten.index_select.default):
-        inner = args[0].meta["val"].ndim  # type: ignore[union-attr]
-        return int(args[1]) % inner != inner - 1 and repeats(program, args[0], pairs)  # type: ignore[arg-type]
-    if node.target is aten.embedding.default or node.target is aten.expand.default:
-        return repeats(program, args[0], pairs)
+        return pairs and args[1:] in [(2, axis) for axis in last]
+    if node.target in (aten.mul.Tensor, aten.div.Tensor) and not _is_number(args[1]):
+        return False
+    kept = node.target in _POINTWISE or (node.target in _ALONG and _spares_last_axis(node))
+    return kept and repeats(program, args[0], pairs)
+
+
+def _spares_last_axis(node: fx.Node) -> bool:
+    """Whether an operator on an axis, or with indices, leaves the last axis of its first argument whole."""
     if node.target is aten.index.Tensor:
-        return len(args[1]) < args[0].meta["val"].ndim and repeats(program, args[0], pairs)  # type: ignore[arg-type,union-attr]
-    return node.target is operator.getitem and False
+        return len(node.args[1]) < node.args[0].meta["val"].ndim  # type: ignore[arg-type,union-attr]
+    widest = max(each.meta["val"].ndim for each in (node, node.args[0]))  # type: ignore[union-attr]
+    return int(node.args[1]) % widest != widest - 1  # type: ignore[arg-type]
 
 
 def _is_number(value: Any) -> bool:
@@ -195,7 +211,6 @@ def rotated(e: "Emitter", rotary: Rotary, x: ir.Value, heads: int | None = None)
 def factor(e: "Emitter", rotary: Rotary, node: fx.Node) -> ir.Value:
     """Cosines or sines once each, `[batch, length, width / 2]`: every one belongs to two elements."""
     fake, batch = node.meta["val"], rotary.x.meta["val"].shape[0]
-    length = fake.shape[3 - rotary.axis]
     inner = node.args[0] if node.target is aten.unsqueeze.default else None
     if isinstance(inner, fx.Node) and int(node.args[1]) % 4 == rotary.axis:  # type: ignore[arg-type]
         value = e.value(inner)
@@ -207,4 +222,5 @@ def factor(e: "Emitter", rotary: Rotary, node: fx.Node) -> ir.Value:
         value = e.op("Slice", value, [0], [rotary.width // 2], [2])
     if same(fake.shape[0], batch):
         return value
-    return e.op("Expand", value, [batch, 1, 1] if isinstance(length, int) else [batch, 1, 1])
+    wide: ir.Value = e.op("Expand", value, [batch, 1, 1])
+    return wide
