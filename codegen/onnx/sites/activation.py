@@ -138,7 +138,7 @@ def quantize(e: Emitter, node: fx.Node, x: fx.Node, params: Sequence[fx.Node], s
     if not params:
         outs = node.meta["val"]
         for name, out in zip(grid.grid_names, outs[1:], strict=True):
-            flat = e.op("Reshape", named[name], e.sizes.vector(list(out.shape)))
+            flat = e.op("Squeeze", named[name], [-1]) if isinstance(grid.group, int) else named[name]
             made.append(e.op("Cast", flat, to=onnx_type(out.dtype)))
     return made
 
