@@ -1,4 +1,6 @@
-"""`python -m benchmarks`: every case of the main job, each in a process of its own so that memory and caches start fresh."""
+"""`python -m benchmarks`: every case of the main job, each in a process of its own so that memory and caches start
+fresh.
+"""
 
 import subprocess
 import sys
@@ -6,5 +8,7 @@ import sys
 CASES = ("minilm", "efficientnet", "smollm2", "twin", "compile-time")
 
 if __name__ == "__main__":
-    codes = [subprocess.run([sys.executable, "-m", "benchmarks.main_job", case], check=False).returncode for case in CASES]
+    codes = [
+        subprocess.run([sys.executable, "-m", "benchmarks.main_job", case], check=False).returncode for case in CASES
+    ]
     sys.exit(max(codes))

@@ -21,7 +21,9 @@ PAIRS = 200
 
 def machine() -> dict[str, Any]:
     """What a figure depends on: processor, threads and library versions."""
-    model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
     return {
         "processor": model,
         "threads": torch.get_num_threads(),
@@ -36,7 +38,9 @@ def _cpuinfo() -> Sequence[str]:
     return path.read_text().splitlines() if path.exists() else ()
 
 
-def compare(ours: Callable[[], object], contenders: Mapping[str, Callable[[], object]], pairs: int = PAIRS) -> list[dict[str, Any]]:
+def compare(
+    ours: Callable[[], object], contenders: Mapping[str, Callable[[], object]], pairs: int = PAIRS
+) -> list[dict[str, Any]]:
     """Paired, interleaved ratios of `ours` to every contender, and to itself as the control."""
     rows = [paired_ratio(ours, ours, "itself (control)", pairs=pairs, budget=1e9)]
     rows += [paired_ratio(ours, other, name, pairs=pairs, budget=1e9) for name, other in contenders.items()]

@@ -1,6 +1,6 @@
 """Compile three real models and show the report: what `make demo` runs.
 
-    python -m examples.demo [--folder out] [--only minilm]
+python -m examples.demo [--folder out] [--only minilm]
 """
 
 import time
@@ -35,7 +35,9 @@ def main(folder: Path = Path("out"), only: str = "") -> None:
         console.print(str(artifact.report))
         artifact.save(folder / name)
         artifact.report.to_html(folder / f"{name}.html")
-        console.print(f"{name}: {time.perf_counter() - started:.0f} s; saved {folder / name}, report {folder / name}.html")
+        console.print(
+            f"{name}: {time.perf_counter() - started:.0f} s; saved {folder / name}, report {folder / name}.html"
+        )
 
 
 if __name__ == "__main__":

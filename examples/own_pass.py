@@ -21,7 +21,9 @@ def fold_low_rank(m: Match) -> torch.fx.Node | Skip:
 def main() -> None:
     """Compile a stack of linears with the pass and print its ledger row."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.Linear(48, 32, bias=False), nn.ReLU(), nn.Linear(32, 8)).eval()
+    model = nn.Sequential(
+        nn.Linear(64, 48, bias=False), nn.Linear(48, 32, bias=False), nn.ReLU(), nn.Linear(32, 8)
+    ).eval()
     artifact = sparc.compile(model, (torch.randn(4, 64),), recipe=[fold_low_rank], measure=False)
     print(artifact.program)
     for row in artifact.ledger.passes:

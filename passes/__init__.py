@@ -3,6 +3,7 @@
 if __name__ != "sparc.passes":
     raise ImportError("import this package as `sparc.passes`")
 
+from sparc.pass_base import Pass
 from sparc.registry import Extension
 
 
@@ -22,7 +23,7 @@ def extension() -> Extension:
     from sparc.passes.recipes import recipes
     from sparc.passes.round import Round
 
-    steps = {type(step): None for step in Canonicalize().steps()}
-    passes = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
-    passes = (*passes, Prune, Round, QuantizeActivations, CalibrateActivations, Encode)
+    steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
+    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
+    passes = (*exact, Prune, Round, QuantizeActivations, CalibrateActivations, Encode)
     return Extension("sparc", passes=passes, encodings=(Dense, IntGrid, NM, Blocks), recipes=recipes())

@@ -290,7 +290,9 @@ def to_program(
 
 def _weights(exported: ExportedProgram, parameters: Mapping[str, Tensor]) -> tuple[WeightStore, dict[str, str]]:
     """The weights under the user's names, tied ones once; and which placeholder stands for which."""
-    store, by_placeholder, by_storage = WeightStore(), {}, {}
+    store = WeightStore()
+    by_placeholder: dict[str, str] = {}
+    by_storage: dict[Any, str] = {}
     kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
     for spec in exported.graph_signature.input_specs:
         if spec.kind not in kinds:

@@ -15,7 +15,8 @@ class Exact:
 class Bounded:
     """Equal in real arithmetic; in floating point only the rounding differs.
 
-    Every rewritten region is run before and after in float64 and must agree to 1e-9 relative; natively, region and program must agree to `rtol`.
+    Every rewritten region is run before and after in float64 and must agree to 1e-9 relative; natively, region and
+    program must agree to `rtol`.
     """
 
     rtol: float = 1e-4

@@ -14,7 +14,9 @@ from sparc.codes import Code
 
 
 class Severity(StrEnum):
-    """How bad it is: an error stops the work, a warning changes what the user gets, a remark explains what was not done."""
+    """How bad it is: an error stops the work, a warning changes what the user gets, a remark explains what was not
+    done.
+    """
 
     ERROR = "error"
     WARNING = "warning"

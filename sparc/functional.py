@@ -11,8 +11,30 @@ from torch.export import ExportedProgram
 from sparc import codes
 from sparc.diag import CaptureError, Location
 
-_VIEWS = {"view", "_unsafe_view", "reshape", "t", "transpose", "permute", "slice", "select", "expand", "unsqueeze", "squeeze", "alias",
-          "detach", "split", "chunk", "unbind", "narrow", "as_strided", "flatten", "contiguous", "to", "getitem"}  # fmt: skip
+_VIEWS = {
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "t",
+    "transpose",
+    "permute",
+    "slice",
+    "select",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "alias",
+    "detach",
+    "split",
+    "chunk",
+    "unbind",
+    "narrow",
+    "as_strided",
+    "flatten",
+    "contiguous",
+    "to",
+    "getitem",
+}
 _PURE_CALLS = (OpOverload,)
 
 
@@ -29,7 +51,8 @@ def is_mutable(node: fx.Node) -> bool:
 def functionalize(exported: ExportedProgram) -> ExportedProgram:
     """An equal exported program without in-place operators and higher-order wrappers.
 
-    In-place operators on a fresh value that nobody else reads are replaced directly; only when one is left over does torch's own
+    In-place operators on a fresh value that nobody else reads are replaced directly; only when one is left over does
+    torch's own
     functionalization run, which takes long on large models.
 
     Raises:
@@ -44,10 +67,14 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
         try:
             exported = exported.run_decompositions({})
         except Exception as error:  # torch raises assorted types here
-            raise CaptureError(codes.CAPTURE_FAILED, "in-place operators could not be removed", why=str(error)[:300]) from None
+            raise CaptureError(
+                codes.CAPTURE_FAILED, "in-place operators could not be removed", why=str(error)[:300]
+            ) from None
     for node in exported.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
-            raise CaptureError(codes.UNSUPPORTED_OPERATOR, f"operator {node.target} is not supported", where=_where(node))
+            raise CaptureError(
+                codes.UNSUPPORTED_OPERATOR, f"operator {node.target} is not supported", where=_where(node)
+            )
     return exported
 
 
@@ -80,4 +107,9 @@ def _functional(target: Any) -> OpOverload | None:
 
 
 def _where(node: fx.Node) -> Location:
-    return Location("", str(node.meta.get("stack_trace") or "").strip().splitlines()[-1].strip() if node.meta.get("stack_trace") else "")
+    return Location(
+        "",
+        str(node.meta.get("stack_trace") or "").strip().splitlines()[-1].strip()
+        if node.meta.get("stack_trace")
+        else "",
+    )

@@ -29,7 +29,9 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     return middle, ordered[low], ordered[high]
 
 
-def paired_ratio(thunk: Thunk, other: Thunk, against: str, *, pairs: int = 30, budget: float = 10.0, warmup: int = 2) -> Ratio:
+def paired_ratio(
+    thunk: Thunk, other: Thunk, against: str, *, pairs: int = 30, budget: float = 10.0, warmup: int = 2
+) -> Ratio:
     """The ratio of two callables' times, `thunk / other`, from interleaved pairs whose order alternates.
 
     Args:

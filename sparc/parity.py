@@ -16,7 +16,7 @@ from sparc import codes
 from sparc.diag import Diagnostics, LoweringError
 from sparc.pass_base import Samples
 from sparc.program import Entry, Program, WeightStore, location
-from sparc.rewrite import region
+from sparc.region import region
 from sparc.signature import Leaf, Signature, Structure
 from sparc.target import EmitContext, Target
 from sparc.verify import changed_anchors, record_values, relative_error

@@ -1,7 +1,9 @@
 """Program: what sparc compiles. One store of weights, and one or more entry graphs over it.
 
-A graph is a plain `torch.fx.Graph`: `placeholder` nodes are the tensor inputs, `get_attr` nodes name weights in the store,
-`call_function` nodes are ATen (or `sparc::`) operators, and every node carries its type in `meta["val"]` as a FakeTensor. A
+A graph is a plain `torch.fx.Graph`: `placeholder` nodes are the tensor inputs, `get_attr` nodes name weights in the
+store,
+`call_function` nodes are ATen (or `sparc::`) operators, and every node carries its type in `meta["val"]` as a
+FakeTensor. A
 program never mutates a tensor: to change a weight is to put another tensor in the store, so clones share every tensor.
 """
 
@@ -128,13 +130,16 @@ class Entry:
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
         return node.meta["val"]
 
-    def call(self, target: Any, *args: Any, before: fx.Node | None = None, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+    def call(
+        self, target: Any, *args: Any, before: fx.Node | None = None, like: fx.Node | None = None, **kwargs: Any
+    ) -> fx.Node:
         """Insert a call of `target` and infer its type.
 
         Args:
             target: an operator overload, such as `torch.ops.aten.linear.default`.
             args: nodes and constants.
-            before: the node to insert before; by default the node being inserted at (`graph.inserting_before`), or the end.
+            before: the node to insert before; by default the node being inserted at (`graph.inserting_before`), or
+                the end.
             like: the node whose module path and source line the new node inherits.
             kwargs: keyword arguments of the operator.
         """
@@ -142,7 +147,9 @@ class Entry:
             node = self.graph.call_function(target, args, kwargs)
         origin = like if like is not None else before
         if origin is not None:
-            node.meta.update({key: origin.meta[key] for key in ("module", "source", "type", "block") if key in origin.meta})
+            node.meta.update(
+                {key: origin.meta[key] for key in ("module", "source", "type", "block") if key in origin.meta}
+            )
         self.infer(node)
         return node
 
@@ -160,7 +167,7 @@ class Program:
         self.weights = weights
         self.entries: dict[str, Entry] = dict(entries)
 
-    # entries ----------------------------------------------------------------------------------------------------------
+    # entries --------------------------------------------------------------------------------------------------------
     @property
     def main(self) -> Entry:
         """The first entry."""
@@ -185,7 +192,7 @@ class Program:
             for node in list(entry.graph.nodes):
                 yield entry, node
 
-    # weights ----------------------------------------------------------------------------------------------------------
+    # weights --------------------------------------------------------------------------------------------------------
     def weight(self, node: "fx.Node | str") -> Tensor | None:
         """The tensor a `get_attr` node (or a name) refers to; None when the node is computed."""
         if isinstance(node, str):
@@ -202,7 +209,8 @@ class Program:
 
         Args:
             node: a `get_attr` node or a weight's name.
-            tensor: the new value; another shape or dtype re-types the `get_attr` nodes, their users must be re-inferred.
+            tensor: the new value; another shape or dtype re-types the `get_attr` nodes, their users must be
+                re-inferred.
             grid: the grid the new value lies on.
         """
         name = node if isinstance(node, str) else str(node.target)
@@ -261,12 +269,14 @@ class Program:
         for name in [name for name in self.weights if name not in used]:
             self.weights.remove(name)
 
-    # whole-program operations -----------------------------------------------------------------------------------------
+    # whole-program operations ---------------------------------------------------------------------------------------
     def clone(self) -> "Program":
         """A program that may be edited independently; tensors are shared."""
         return Program(self.weights.clone(), {name: entry.clone() for name, entry in self.entries.items()})
 
-    def run(self, *args: Any, entry: str | None = None, wide: bool = False, watch: Watch | None = None, **kwargs: Any) -> Any:
+    def run(
+        self, *args: Any, entry: str | None = None, wide: bool = False, watch: Watch | None = None, **kwargs: Any
+    ) -> Any:
         """Run an entry in eager torch, called exactly like the model; stored state is never mutated.
 
         Args:
@@ -283,7 +293,9 @@ class Program:
         tensors = chosen.signature.bind(args, kwargs)
         return chosen.signature.unflatten(self.run_flat(tensors, entry=entry, wide=wide, watch=watch))
 
-    def run_flat(self, tensors: list[Tensor], *, entry: str | None = None, wide: bool = False, watch: Watch | None = None) -> list[Any]:
+    def run_flat(
+        self, tensors: list[Tensor], *, entry: str | None = None, wide: bool = False, watch: Watch | None = None
+    ) -> list[Any]:
         """Run an entry on one tensor per placeholder; returns the flat outputs."""
         return execute(self.entry(entry).graph, self.weights, tensors, wide=wide, watch=watch)
 

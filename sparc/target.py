@@ -72,7 +72,8 @@ class Emission(Protocol):
         Args:
             program: what was emitted.
             inputs: for each entry to run, one tensor per placeholder.
-            reference: for each entry, the uncompressed model's outputs by name: where the program quantizes activations,
+            reference: for each entry, the uncompressed model's outputs by name: where the program quantizes
+                activations,
                 an output may differ by half the program's own error.
 
         Returns:

@@ -113,14 +113,15 @@ def _view_at(node: fx.Node, position: int) -> tuple[str, WeightView] | None:
     if target in _CONVOLUTIONS and position == 1:
         return "conv", WeightView("conv")
     if target is aten.convolution.default and position == 1:
+        transposed, groups = node.args[6], node.args[8]
         return (
-            ("conv_transposed", WeightView("conv_transposed", node.args[8]))
-            if node.args[6]
+            ("conv_transposed", WeightView("conv_transposed", int(str(groups))))
+            if transposed
             else ("conv", WeightView("conv"))
-        )  # type: ignore[arg-type]
+        )
     if target in _TRANSPOSED and position == 1:
         groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-        return "conv_transposed", WeightView("conv_transposed", int(groups))  # type: ignore[arg-type]
+        return "conv_transposed", WeightView("conv_transposed", int(str(groups)))
     if target is aten.embedding.default and position == 0:
         return "embedding", WeightView("matrix")
     if target in (aten.mm.default, aten.matmul.default, aten.bmm.default) and position == 1:
