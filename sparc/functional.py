@@ -1,41 +1,27 @@
-"""Make a captured graph pure: in-place operators become functional ones, wrappers without effect are inlined."""
+"""Make a captured graph pure: in-place operators become functional ones, wrappers without effect are inlined.
+
+Which values share memory is known exactly: the example values that torch.export records share storages as the model's do.
+A write to a view becomes a write to its base (`slice` turns into `slice_scatter`), and the views of the base that are read
+later are taken again from the new base.
+"""
 
 import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from sparc import codes
 from sparc.diag import CaptureError, Location
+from sparc.source import source_line
 
-_VIEWS = {
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "t",
-    "transpose",
-    "permute",
-    "slice",
-    "select",
-    "expand",
-    "unsqueeze",
-    "squeeze",
-    "alias",
-    "detach",
-    "split",
-    "chunk",
-    "unbind",
-    "narrow",
-    "as_strided",
-    "flatten",
-    "contiguous",
-    "to",
-    "getitem",
-}
-_PURE_CALLS = (OpOverload,)
+aten = torch.ops.aten
+
+_TYPE_ONLY = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+_WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
 def is_impure(node: fx.Node) -> bool:
@@ -49,67 +35,232 @@ def is_mutable(node: fx.Node) -> bool:
 
 
 def functionalize(exported: ExportedProgram) -> ExportedProgram:
-    """An equal exported program without in-place operators and higher-order wrappers.
-
-    In-place operators on a fresh value that nobody else reads are replaced directly; only when one is left over does
-    torch's own
-    functionalization run, which takes long on large models.
+    """The exported program without in-place operators and higher-order wrappers; its graph is edited.
 
     Raises:
-        CaptureError: SPARC111 for control flow.
+        CaptureError: SPARC105 when a weight or an input is written to, SPARC111 for control flow and for in-place
+            operators without a functional twin.
     """
-    graph = exported.graph
+    graph, owner = exported.graph, exported.graph_module
     for node in list(graph.nodes):
-        if is_mutable(node):
-            _replace_in_place(node)
-    wrapped = any(isinstance(node.target, HigherOrderOperator) for node in graph.nodes)
-    if wrapped or any(is_mutable(node) for node in graph.nodes):
-        try:
-            exported = exported.run_decompositions({})
-        except Exception as error:  # torch raises assorted types here
-            raise CaptureError(
-                codes.CAPTURE_FAILED, "in-place operators could not be removed", why=str(error)[:300]
-            ) from None
-    for node in exported.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
-            raise CaptureError(
-                codes.UNSUPPORTED_OPERATOR, f"operator {node.target} is not supported", where=_where(node)
-            )
+            _inline(owner, node)
+    if any(is_mutable(node) for node in graph.nodes):
+        _Writes(exported).remove()
     return exported
 
 
-def _replace_in_place(node: fx.Node) -> None:
-    """`y = relu_(x)` becomes `y = relu(x)` when x is fresh and read by nobody else."""
-    written = node.args[0] if node.args else None
-    functional = _functional(node.target)
-    if functional is None or not isinstance(written, fx.Node) or written.op != "call_function":
-        return
-    if len(written.users) != 1 or _may_alias(written):
-        return
-    node.target = functional
+def refusal(node: fx.Node, what: str, why: str = "", code: codes.Code = codes.UNSUPPORTED_OPERATOR) -> CaptureError:
+    """An error that names the user's line of a captured node."""
+    return CaptureError(code, what, where=Location("", source_line(str(node.meta.get("stack_trace") or ""))), why=why)
 
 
-def _may_alias(node: fx.Node) -> bool:
-    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
-    if node.target is operator.getitem:
-        return _may_alias(node.args[0]) if isinstance(node.args[0], fx.Node) else True
-    return str(name).partition(".")[0] in _VIEWS
+# higher-order operators ----------------------------------------------------------------------------------------------
+def _inline(owner: torch.nn.Module, node: fx.Node) -> None:
+    """Put the body of a wrapper that only sets gradients or a disabled autocast in the place of its call."""
+    name = str(node.target)
+    if name not in _WRAPPERS:
+        raise refusal(node, f"operator {name} is not supported", "it is control flow, or calls back into Python")
+    position = next(index for index, each in enumerate(node.args) if isinstance(each, fx.Node) and each.op == "get_attr")
+    if name == "wrap_with_autocast" and node.args[2]:
+        raise refusal(node, "autocast is not supported", "the program would hide the casts", codes.UNSUPPORTED_OPERATOR)
+    body = owner.get_submodule(str(node.args[position].target))  # type: ignore[union-attr]
+    assert isinstance(body, fx.GraphModule)
+    feed = iter(node.args[position + 1 :])
+    copies: dict[fx.Node, Any] = {}
+    results: Any = ()
+    for inner in body.graph.nodes:
+        if inner.op == "placeholder":
+            copies[inner] = next(feed)
+        elif inner.op == "output":
+            results = fx.node.map_arg(inner.args[0], lambda used: copies[used])
+        else:
+            with node.graph.inserting_before(node):
+                copies[inner] = node.graph.node_copy(inner, lambda used: copies[used])
+            if isinstance(copies[inner].target, HigherOrderOperator):
+                _inline(body, copies[inner])
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            user.replace_all_uses_with(results[user.args[1]])
+            node.graph.erase_node(user)
+    if node.users:
+        node.replace_all_uses_with(results[0] if isinstance(results, (tuple, list)) else results)
+    node.graph.erase_node(node)
 
 
-def _functional(target: Any) -> OpOverload | None:
-    packet = str(target._schema.name).rpartition("::")
-    if not packet[2].endswith("_"):
-        return None
-    namespace = getattr(torch.ops, packet[0])
-    found = getattr(namespace, packet[2][:-1], None)
-    overload = target._overloadname
-    return getattr(found, overload, None) if found is not None else None
+# in-place operators --------------------------------------------------------------------------------------------------
+class _Writes:
+    """Removes the writes of one graph, in order."""
+
+    def __init__(self, exported: ExportedProgram) -> None:
+        self.graph = exported.graph
+        values = [node.meta.get("val") for node in self.graph.nodes]
+        mode = torch._guards.detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+        assert isinstance(mode, FakeTensorMode)
+        self.mode = mode
+        self.position = {node: index for index, node in enumerate(self.graph.nodes)}
+        self.memory = {node: _memory(node) for node in self.graph.nodes}
+
+    def remove(self) -> None:
+        """Replace every in-place operator."""
+        for node in list(self.graph.nodes):
+            if is_mutable(node):
+                self._replace(node)
+
+    def _replace(self, node: fx.Node) -> None:
+        written = node.args[0] if node.args else None
+        writes = [a for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]  # type: ignore[union-attr]
+        if not isinstance(written, fx.Node) or len(writes) != 1 or writes[0] is not node.target._schema.arguments[0]:  # type: ignore[union-attr]
+            raise refusal(node, f"operator {node.target} is not supported", "it writes to other arguments than its first")
+        name = node.target._opname  # type: ignore[union-attr]
+        before = self.graph.inserting_before(node)
+        with before:
+            new = self._functional(node, written)
+            self.memory[new] = self.memory[written]
+            family = [each for each, memory in self.memory.items() if memory == self.memory[written] and each is not new]
+            if name in _TYPE_ONLY:
+                self._redirect(node, written, new)
+            else:
+                self._refuse_state(node, family)
+                others = [each for each in family if each is not written and each is not node and self._read_after(each, node)]
+                if others or self._parent(written) is not None:
+                    self._write_through(node, written, new, family)
+                self._redirect(node, written, new)
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        del self.memory[node]
+
+    def _refuse_state(self, node: fx.Node, family: list[fx.Node]) -> None:
+        owner = next((each for each in family if each.op == "placeholder"), None)
+        if owner is not None:
+            raise refusal(node, f"the model writes to {owner.name!r}", code=codes.UNSUPPORTED_STATE)
+
+    def _functional(self, node: fx.Node, written: fx.Node) -> fx.Node:
+        """The new value of what is written, in its own type."""
+        name, rest = node.target._opname, node.args[1:]  # type: ignore[union-attr]
+        kind: Tensor = written.meta["val"]
+        if name == "copy_":
+            new = self._call(node, aten.expand_as.default, self._cast(node, rest[0], kind.dtype), written)
+        elif name in ("fill_", "zero_"):
+            value = rest[0] if rest else 0
+            filled = self._call(node, aten.zeros_like.default, written)
+            new = filled if not rest else self._filled(node, filled, value, kind)
+        elif name == "detach_":
+            new = self._call(node, aten.alias.default, written)
+        else:
+            new = self._cast(node, self._call(node, _twin(node), written, *rest, **node.kwargs), kind.dtype)
+        return new
+
+    def _filled(self, node: fx.Node, like: fx.Node, value: Any, kind: Tensor) -> fx.Node:
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
+            return self._call(node, aten.expand_as.default, self._cast(node, value, kind.dtype), like)
+        return self._call(node, aten.full_like.default, like, value)
+
+    def _cast(self, node: fx.Node, value: Any, dtype: torch.dtype) -> fx.Node:
+        return value if value.meta["val"].dtype == dtype else self._call(node, aten.to.dtype, value, dtype)  # type: ignore[no-any-return]
+
+    def _call(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        new = self.graph.call_function(target, args, kwargs)
+        new.meta = {key: value for key, value in like.meta.items() if key in ("stack_trace", "nn_module_stack")}
+        values, options = fx.node.map_arg((args, kwargs), lambda used: used.meta["val"])
+        with self.mode, torch.no_grad():
+            new.meta["val"] = target(*values, **options)
+        self.position[new] = self.position[like]
+        self.memory[new] = None
+        return new
+
+    # views ------------------------------------------------------------------------------------------------------------
+    def _read_after(self, node: fx.Node, write: fx.Node) -> bool:
+        return any(self.position[user] > self.position[write] for user in node.users)
+
+    def _redirect(self, write: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        for user in list(old.users):
+            if self.position[user] > self.position[write]:
+                user.replace_input_with(old, new)
+
+    def _parent(self, node: fx.Node) -> fx.Node | None:
+        """What a node is a view of."""
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        same = isinstance(source, fx.Node) and self.memory[source] is not None and self.memory[source] == self.memory[node]
+        return source if same else None  # type: ignore[return-value]
+
+    def _write_through(self, write: fx.Node, written: fx.Node, new: fx.Node, family: list[fx.Node]) -> None:
+        """Write a view's new value into its base, and take the views that are read later from the new base."""
+        replaced = {written: new}
+        view, value = written, new
+        while (parent := self._parent(view)) is not None:
+            value = self._inverse(write, view, parent, value)
+            replaced[parent] = value
+            view = parent
+        for each in replaced.values():
+            self.memory[each] = self.memory[written]
+        for each in family:
+            source = self._parent(each)
+            if each not in replaced and source in replaced and self.position[each] <= self.position[write] and each is not write:
+                replaced[each] = self._call(write, each.target, replaced[source], *each.args[1:], **each.kwargs)
+                self.memory[replaced[each]] = self.memory[written]
+        for old, again in replaced.items():
+            if old is not written:
+                self._redirect(write, old, again)
+
+    def _inverse(self, write: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
+        """The parent with the view's elements replaced."""
+        name = getattr(view.target, "_opname", None) or getattr(view.target, "__name__", "")
+        rest = view.args[1:]
+        if name == "slice":
+            return self._call(write, aten.slice_scatter.default, parent, value, *rest)
+        if name in ("select", "diagonal"):
+            scatter = aten.select_scatter.default if name == "select" else aten.diagonal_scatter.default
+            return self._call(write, scatter, parent, value, *rest)
+        if name in ("transpose", "t"):
+            return self._call(write, view.target, value, *rest)
+        if name == "permute":
+            rank = len(rest[0])  # type: ignore[arg-type]
+            order = [int(axis) % rank for axis in rest[0]]  # type: ignore[arg-type, union-attr]
+            return self._call(write, aten.permute.default, value, [order.index(axis) for axis in range(rank)])
+        if name in ("alias", "detach", "to", "contiguous", "lift_fresh"):
+            return value
+        if name in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"):
+            return self._call(write, aten.reshape.default, value, self._sizes(write, parent))
+        if view.target is operator.getitem:
+            return self._piece(write, view, parent, value)
+        raise refusal(write, f"a write through {name} is not supported", "its memory overlaps, or cannot be scattered back")
+
+    def _piece(self, write: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
+        """A piece of a split or unbind, written back; `parent` is the list of pieces, whose new value is a list again."""
+        source: Any = parent.args[0]
+        axis = int(parent.args[1] if "unbind" in str(parent.target) else (parent.args[2] if len(parent.args) > 2 else 0))  # type: ignore[arg-type]
+        index = int(view.args[1])  # type: ignore[arg-type]
+        if "unbind" in str(parent.target):
+            whole = self._call(write, aten.select_scatter.default, source, value, axis, index)
+        else:
+            sizes = [piece.shape[axis] for piece in parent.meta["val"]]
+            if not all(isinstance(size, int) for size in sizes):
+                raise refusal(write, "a write to a piece of a split of varying sizes is not supported")
+            start = sum(sizes[:index])
+            whole = self._call(write, aten.slice_scatter.default, source, value, axis, start, start + sizes[index])
+        return self._call(write, parent.target, whole, *parent.args[1:], **parent.kwargs)
+
+    def _sizes(self, write: fx.Node, node: fx.Node) -> list[Any]:
+        shape = node.meta["val"].shape
+        return [size if isinstance(size, int) else self._call(write, aten.sym_size.int, node, axis) for axis, size in enumerate(shape)]
 
 
-def _where(node: fx.Node) -> Location:
-    return Location(
-        "",
-        str(node.meta.get("stack_trace") or "").strip().splitlines()[-1].strip()
-        if node.meta.get("stack_trace")
-        else "",
-    )
+def _memory(node: fx.Node) -> int | None:
+    """Equal for values that share memory."""
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def _twin(node: fx.Node) -> OpOverload:
+    """The functional operator of an in-place one: `add_` and `add`, `__ior__` and `__or__`."""
+    target: Any = node.target
+    name = target._opname
+    plain = name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")
+    packet = getattr(getattr(torch.ops, target.namespace), plain, None)
+    overload = getattr(packet, target._overloadname, None)
+    if plain == name or overload is None or torch.Tag.nondeterministic_seeded in target.tags:
+        raise refusal(node, f"operator {target} is not supported", "it has no functional twin, or draws random numbers")
+    return overload  # type: ignore[no-any-return]
