@@ -54,7 +54,16 @@ def name_text(name: str) -> str:
 
 def measured_text(measured: Mapping[str, float]) -> str:
     """What a pass's check found: `sites measured 12, worst 31.2 dB`."""
-    return ", ".join(f"{name_text(name)} {figure_text(name, value)}" for name, value in measured.items())
+    told = {name: value for name, value in measured.items() if name != "restored" or value}
+    return "; ".join(f"{name_text(name)} {figure_text(name, value)}" for name, value in told.items())
+
+
+def pass_text(row: PassRow) -> str:
+    """A pass and where it ran, when that is not everywhere: `round() where layers.*`."""
+    where = row.where.removeprefix("*").strip()
+    if not where:
+        return row.name
+    return f"{row.name} {where}" if where.startswith("(") else f"{row.name} where {row.where}"
 
 
 def ratio_text(ratio: Ratio) -> str:
@@ -67,6 +76,11 @@ def seconds_text(seconds: float) -> str:
     if seconds <= 0:
         return "–"
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def source_text(source: str) -> str:
+    """A source line without the folders: `modeling_llama.py:248 in forward`."""
+    return source.rpartition("/")[2]
 
 
 # groups ---------------------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ def page(ledger: Ledger, diagnostics: Sequence[Diagnostic], title: str) -> str:
         figure=data.figure_text,
         name_text=data.name_text,
         measured=data.measured_text,
+        pass_text=data.pass_text,
         skips=data.skip_reasons,
     )
 

@@ -77,13 +77,11 @@ def _size_line(file: int, resident: int, dense: int) -> str:
 # passes ---------------------------------------------------------------------------------------------------------------
 def pass_table(rows: Iterable[PassRow]) -> Table:
     """One row per pass."""
-    table = titled("Passes", "pass", "where", "contract", ">matches", ">skipped", "measured", ">bytes", ">time")
+    table = titled("Passes", "pass", "contract", ">matches", ">skipped", "measured", ">bytes", ">time")
     for row in rows:
-        where = "" if row.where == "*" else row.where
         change = row.bytes_after - row.bytes_before
         table.add_row(
-            Text(row.name),
-            Text(where),
+            Text(data.pass_text(row)),
             Text(row.contract),
             str(row.matches or "–"),
             str(len(row.skips) or "–"),
@@ -92,31 +90,29 @@ def pass_table(rows: Iterable[PassRow]) -> Table:
             data.seconds_text(row.seconds),
             style="" if row.changed else "dim",
         )
-    table.columns[0].min_width = 28
     return table
 
 
 # sites ----------------------------------------------------------------------------------------------------------------
 def encoding_table(sites: Iterable[SiteRow]) -> Table:
     """One row per encoding."""
-    table = titled(
-        "Encodings", "weights", "inputs", ">sites", ">was", ">file", ">", ">resident", ">worst", ">median", "kernel"
-    )
+    table = titled("Encodings", "weights", "inputs", ">sites", ">was", ">file", ">resident", ">worst", "kernel")
     for row in data.by_encoding(sites):
         table.add_row(
             Text(row.encoding),
-            Text(row.activation),
+            Text(row.activation.replace("+", " + ")),
             str(row.sites),
             data.bytes_text(row.dense_bytes),
             data.bytes_text(row.file_bytes),
-            data.share_text(row.file_bytes, row.dense_bytes),
             data.bytes_text(row.resident_bytes),
             data.decibel_text(row.worst),
-            data.decibel_text(row.middle),
             Text(", ".join(row.kernels)),
             style="dim" if row.encoding == data.DENSE else "",
         )
-    table.columns[0].min_width = table.columns[-1].min_width = 20
+    for index, width in ((0, 24), (1, 24), (-1, 20)):
+        column = table.columns[index]
+        longest = max((len(str(cell)) for cell in column.cells), default=0)
+        column.min_width = min(width, longest)
     return table
 
 
@@ -134,9 +130,9 @@ def site_table(sites: Sequence[SiteRow], *, everything: bool = False) -> Table:
             data.decibel_text(site.snr_db),
             data.bytes_text(site.dense_bytes),
             data.bytes_text(site.file_bytes),
-            Text(site.encoding + (f" × {site.activation}" if site.activation else "")),
+            Text(site.encoding + (f" × {site.activation.replace('+', ' + ')}" if site.activation else "")),
             Text(site.kernel),
-            Text(site.source if everything else "", style="dim"),
+            Text(data.source_text(site.source) if everything else "", style="dim"),
         )
     table.columns[0].no_wrap = True
     return table

@@ -91,7 +91,10 @@ def _print(
         table = report_text.titled(title, "layer", "operator", ">tolerance", ">p99", ">p90", ">S/N", "source")
         for each in shown:
             table.add_row(
-                Text(each.module or each.name), Text(each.operator), *_figures(each), Text(each.source, style="dim")
+                Text(each.module or each.name),
+                Text(each.operator),
+                *_figures(each),
+                Text(report_data.source_text(each.source), style="dim"),
             )
         console.print()
         console.print(table)

@@ -51,6 +51,7 @@ def load_folder(folder: Path) -> dict[str, Any]:
             **_no_remote_code(owner),
         )
     model.eval()
+    _turn_off_caches(model)
     inputs = example_inputs(model, config)
     return {"model": model, "example_inputs": inputs, "dynamic": dynamic_axes(inputs)}
 
@@ -91,8 +92,16 @@ def _no_remote_code(owner: Any) -> dict[str, Any]:
     return {"trust_remote_code": False} if owner.__name__.startswith("Auto") else {}
 
 
+def _turn_off_caches(model: nn.Module) -> None:
+    """A key/value cache among the outputs is of no use without one among the inputs."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "use_cache"):
+            config.use_cache = False
+
+
 # example inputs -------------------------------------------------------------------------------------------------------
-def example_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
+def example_inputs(model: nn.Module, config: Any) -> dict[str, Tensor]:
     """Seeded random inputs of the kinds that the model's forward() declares.
 
     Raises:
@@ -116,10 +125,7 @@ def example_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
         raise _failed(
             "example inputs cannot be worked out", why=f"forward() declares {names}", hint="write a function pkg.mod:fn"
         )
-    inputs: dict[str, Any] = {name: makers[name]() for name in makers if name in wanted}
-    if "use_cache" in declared:
-        inputs["use_cache"] = False
-    return inputs
+    return {name: makers[name]() for name in makers if name in wanted}
 
 
 def _wanted(model: nn.Module, config: Any, declared: Mapping[str, Any]) -> set[str]:
@@ -164,16 +170,15 @@ def _features(config: Any, generator: torch.Generator) -> Tensor:
     return torch.randn(_BATCH, int(getattr(config, "num_mel_bins", 80)), length, generator=generator)
 
 
-def dynamic_axes(inputs: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+def dynamic_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     """Batches vary, and so do the lengths of texts."""
     axes: dict[str, dict[int, str]] = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            axes[name] = {0: "batch"}
-            if name in ("input_ids", "attention_mask"):
-                axes[name][1] = "seq"
-            elif name == "decoder_input_ids":
-                axes[name][1] = "decoder_seq"
+    for name in inputs:
+        axes[name] = {0: "batch"}
+        if name in ("input_ids", "attention_mask"):
+            axes[name][1] = "seq"
+        elif name == "decoder_input_ids":
+            axes[name][1] = "decoder_seq"
     return axes
 
 

@@ -102,7 +102,7 @@ def _inspect_model(named: str, trust: bool, text: bool, as_json: bool) -> None:
         out().print(Text(program.text()))
         return
     sites, others = find_sites(program)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "weight": site.weight,
             "operator": site.operator,
@@ -123,7 +123,12 @@ def _inspect_model(named: str, trust: bool, text: bool, as_json: bool) -> None:
         shape = "×".join(map(str, row["shape"]))
         size = report_data.bytes_text(row["bytes"])
         table.add_row(
-            Text(row["weight"]), row["operator"], shape, size, str(row["uses"]), Text(row["source"], style="dim")
+            Text(row["weight"]),
+            row["operator"],
+            shape,
+            size,
+            str(row["uses"]),
+            Text(report_data.source_text(row["source"]), style="dim"),
         )
     out().print(table)
     total = report_data.bytes_text(program.weights.nbytes)
