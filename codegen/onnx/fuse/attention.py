@@ -7,6 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from sparc.codegen.onnx.fuse.contrib import plan_contrib_attention
 from sparc.codegen.onnx.fuse.heads import put_merged, rows_of, same
 from sparc.codegen.onnx.fuse.plan import Plan
 from sparc.pattern import normalized_arguments
@@ -14,7 +15,8 @@ from sparc.pattern import normalized_arguments
 if TYPE_CHECKING:
     from sparc.codegen.onnx.emit import Emitter
 
-_TYPES = {"cpu": (torch.float32, torch.float16), "portable": (torch.float32, torch.float16, torch.bfloat16)}
+_TYPES = {"cpu": (torch.float32, torch.float16)}
+_ANY_TYPE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,15 @@ def _fits(mask: Any, scores: Any) -> bool:
 
 def plan_attention(plan: Plan, node: fx.Node) -> None:
     """Translate an attention by one operator: on rows where all heads were split from rows, else on split heads."""
-    found = find_attention(node)
-    if found is None or plan.target.opset < 23 or (found.scale is not None and found.scale <= 0):
+    found, flavour = find_attention(node), plan.target.flavour
+    if found is None or (found.scale is not None and found.scale <= 0):
         return
-    if found.q.meta["val"].dtype not in _TYPES.get(plan.target.flavour, ()):
+    if found.q.meta["val"].dtype not in _TYPES.get(flavour, _ANY_TYPE):
+        return
+    if flavour == "cuda":
+        plan_contrib_attention(plan, found)
+        return
+    if plan.target.opset < 23:
         return
     rows = [rows_of(plan, each, 1) for each in (found.q, found.k, found.v)]
     if any(each is None for each in rows):

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from sparc.codegen.onnx.fuse.contrib import contrib_rotary
 from sparc.codegen.onnx.fuse.heads import put_merged, rows_of, same, split
 from sparc.codegen.onnx.fuse.plan import Plan
 from sparc.pattern import match, trace
@@ -74,7 +75,7 @@ class Rotary:
 def plan_rotary(plan: Plan, node: fx.Node) -> None:
     """Translate a rotary embedding by one operator, on rows where the heads were split from rows."""
     found = find_rotary(plan.program, node)
-    if found is None or plan.target.opset < 23 or plan.target.flavour == "cuda":
+    if found is None or not _available(plan, found):
         return
     rotary = find_partial(found) or found
     heads, size = rotary.x.meta["val"].shape[rotary.axis], rotary.x.meta["val"].shape[3]
@@ -94,6 +95,13 @@ def plan_rotary(plan: Plan, node: fx.Node) -> None:
     else:
         plan.put(root, lambda e: split(e, turned(e), heads, size, 2))
         plan.put_rows(root, 2, turned)
+
+
+def _available(plan: Plan, rotary: Rotary) -> bool:
+    """The standard operator needs opset 23; for CUDA there is an older one, whose factors are the same for all rows."""
+    if plan.target.flavour != "cuda":
+        return plan.target.opset >= 23
+    return all(same(each.meta["val"].shape[0], 1) for each in (rotary.cos, rotary.sin))
 
 
 def find_rotary(program: Program, node: fx.Node) -> Rotary | None:
@@ -163,7 +171,7 @@ def find_partial(rotary: Rotary) -> Rotary | None:
 def repeats(program: Program, node: Any, pairs: bool) -> bool:
     """Whether a tensor's last axis is proved to hold everything twice: equal halves, or (`pairs`) equal neighbours."""
     if is_weight(node):
-        table = program.weights[str(node.target)]
+        table = torch.atleast_1d(program.weights[str(node.target)])
         half = table.shape[-1] // 2
         first, second = (table[..., ::2], table[..., 1::2]) if pairs else (table[..., :half], table[..., half:])
         return torch.equal(first, second)
@@ -196,31 +204,34 @@ def _is_number(value: Any) -> bool:
 def rotated(e: "Emitter", rotary: Rotary, x: ir.Value, heads: int | None = None) -> ir.Value:
     """`RotaryEmbedding` of rows (with their number of heads), or of a 4-D value."""
     size = rotary.x.meta["val"].shape[3]
-    made: ir.Value = e.op(
-        "RotaryEmbedding",
-        x,
-        factor(e, rotary, rotary.cos),
-        factor(e, rotary, rotary.sin),
-        num_heads=heads,
-        interleaved=int(rotary.pairs) or None,
-        rotary_embedding_dim=rotary.width if rotary.width != size else None,
-    )
+    options: dict[str, Any] = {
+        "num_heads": heads,
+        "interleaved": int(rotary.pairs) or None,
+        "rotary_embedding_dim": rotary.width if rotary.width != size else None,
+    }
+    cos, sin = factor(e, rotary, rotary.cos), factor(e, rotary, rotary.sin)
+    if e.target.flavour == "cuda":
+        if rotary.width != size:
+            options["num_heads"] = rotary.x.meta["val"].shape[rotary.axis]
+        return contrib_rotary(e, x, cos, sin, **options)
+    batch = rotary.x.meta["val"].shape[0]
+    if not same(rotary.cos.meta["val"].shape[0], batch):
+        cos = e.op("Expand", cos, [batch, 1, 1])
+    if not same(rotary.sin.meta["val"].shape[0], batch):
+        sin = e.op("Expand", sin, [batch, 1, 1])
+    made: ir.Value = e.op("RotaryEmbedding", x, cos, sin, **options)
     return made
 
 
 def factor(e: "Emitter", rotary: Rotary, node: fx.Node) -> ir.Value:
-    """Cosines or sines once each, `[batch, length, width / 2]`: every one belongs to two elements."""
-    fake, batch = node.meta["val"], rotary.x.meta["val"].shape[0]
+    """Cosines or sines once each, `[1 or batch, length, width / 2]`: every one belongs to two elements."""
     inner = node.args[0] if node.target is aten.unsqueeze.default else None
     if isinstance(inner, fx.Node) and int(node.args[1]) % 4 == rotary.axis:  # type: ignore[arg-type]
         value = e.value(inner)
     else:
         value = e.op("Squeeze", node, [rotary.axis])
     if rotary.pairs:
-        value = e.op("Slice", value, [0], [rotary.width], [2], [2])
+        once: ir.Value = e.op("Slice", value, [0], [rotary.width], [2], [2])
     else:
-        value = e.op("Slice", value, [0], [rotary.width // 2], [2])
-    if same(fake.shape[0], batch):
-        return value
-    wide: ir.Value = e.op("Expand", value, [batch, 1, 1])
-    return wide
+        once = e.op("Slice", value, [0], [rotary.width // 2], [2])
+    return once
