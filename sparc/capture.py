@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from sparc.dimensions import dimensions, fixed, named_forward, refine, tile
 from sparc.functional import functionalize, is_impure
 from sparc.program import Entry, Program, Weight, WeightStore
 from sparc.signature import Leaf, Signature, Structure, bind_examples, describe_inputs
+from sparc.source import short_path, source_line
 
 Dynamic = Mapping[str, Mapping[int, Any]]
 _NO_EFFECT = ("_assert", "sym_constrain_range", "_check")
@@ -213,20 +213,6 @@ def _user_frame(error: BaseException) -> Location:
     return Location("", f"{short_path(frame.filename)}:{frame.lineno} in {frame.name}{line}")
 
 
-def short_path(path: str) -> str:
-    """A source path without anything that belongs to one machine: below site-packages, below sys.path, or the bare
-    file name.
-    """
-    for marker in ("site-packages/", "dist-packages/"):
-        if marker in path:
-            return path.rpartition(marker)[2]
-    roots = sorted((root for root in sys.path if root), key=len, reverse=True)
-    for root in roots:
-        if path.startswith(root.rstrip("/") + "/"):
-            return path[len(root.rstrip("/")) + 1 :]
-    return Path(path).name
-
-
 def _first_lines(error: BaseException, limit: int = 3) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:limit])[:400]
@@ -269,9 +255,8 @@ def to_program(
             copies[node] = graph.node_copy(node, lambda used: copies[used])
             copies[node].meta = _clean_meta(node)
         elif node.op == "output":
-            results, output_leaves = _outputs(exported, signature.output)
-            by_name = {old.name: new for old, new in copies.items()}
-            graph.output([by_name[name] for name in results])
+            results, output_leaves = _outputs(exported, node.args[0], signature.output)
+            graph.output([copies[result] for result in results])
     fake_mode = torch._guards.detect_fake_mode(
         [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
     )
@@ -317,10 +302,12 @@ def _weights(exported: ExportedProgram, parameters: Mapping[str, Tensor]) -> tup
     return store, by_placeholder
 
 
-def _outputs(exported: ExportedProgram, structure: Structure) -> tuple[list[str], tuple[Leaf, ...]]:
+def _outputs(exported: ExportedProgram, values: Any, structure: Structure) -> tuple[list[fx.Node], tuple[Leaf, ...]]:
+    """The nodes of the tensor outputs, and every leaf. Specs are read by position: names go stale when nodes change."""
     results, leaves = [], []
-    user_outputs = [spec for spec in exported.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
-    mutated = [spec for spec in exported.graph_signature.output_specs if spec.kind != OutputKind.USER_OUTPUT]
+    specs = exported.graph_signature.output_specs
+    user_outputs = [pair for pair in zip(specs, values, strict=True) if pair[0].kind == OutputKind.USER_OUTPUT]
+    mutated = [spec for spec in specs if spec.kind != OutputKind.USER_OUTPUT]
     if mutated:
         raise CaptureError(codes.UNSUPPORTED_STATE, f"the model writes to {mutated[0].target or mutated[0].arg.name!r}")
     paths = structure.paths()
@@ -328,11 +315,11 @@ def _outputs(exported: ExportedProgram, structure: Structure) -> tuple[list[str]
         raise CaptureError(
             codes.OUTPUT_STRUCTURE, "the captured outputs do not have the structure of the model's outputs"
         )
-    for path, spec in zip(paths, user_outputs, strict=True):
+    for path, (spec, value) in zip(paths, user_outputs, strict=True):
         name = path or "output"
         name = f"output_{name}" if name[0].isdigit() else name
         if isinstance(spec.arg, TensorArgument):
-            results.append(spec.arg.name)
+            results.append(value)
             leaves.append(Leaf(name))
         elif isinstance(spec.arg, ConstantArgument):
             leaves.append(Leaf(name, False, spec.arg.value))
@@ -348,19 +335,10 @@ def _clean_meta(node: fx.Node) -> dict[str, Any]:
     stack = node.meta.get("nn_module_stack") or {}
     if stack:
         path, kind = next(reversed(stack.values()))
-        meta["module"] = re.sub(r"^L\['self'\]\.?", "", str(path)).removesuffix("@1")
+        module = re.sub(r"^L\['self'\]\.?", "", str(path)).removesuffix("@1")
+        meta["module"] = "" if module.startswith("_empty_nn_module_stack") else module
         meta["type"] = (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2]
     source = source_line(str(node.meta.get("stack_trace") or ""))
     if source:
         meta["source"] = source
     return meta
-
-
-def source_line(stack_trace: str) -> str:
-    """The innermost frame of a captured stack that is not torch's, as `path:line in function`."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', stack_trace)
-    outside = [frame for frame in frames if "/torch/" not in frame[0]]
-    if not outside:
-        return ""
-    path, line, function = outside[-1]
-    return f"{short_path(path)}:{line} in {function}"

@@ -1,8 +1,8 @@
 """Make a captured graph pure: in-place operators become functional ones, wrappers without effect are inlined.
 
-Which values share memory is known exactly: the example values that torch.export records share storages as the model's do.
-A write to a view becomes a write to its base (`slice` turns into `slice_scatter`), and the views of the base that are read
-later are taken again from the new base.
+Which values share memory is known exactly: the example values that torch.export records share storages as the model's
+do. A write to a view becomes a write to its base (`slice` turns into `slice_scatter`), and the views of the base that
+are read later are taken again from the new base.
 """
 
 import operator
@@ -16,11 +16,14 @@ from torch.export import ExportedProgram
 
 from sparc import codes
 from sparc.diag import CaptureError, Location
+from sparc.pattern import normalized_arguments
 from sparc.source import source_line
 
 aten = torch.ops.aten
 
-_TYPE_ONLY = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+_TYPE_ONLY = {"detach_", "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+_LISTS = ("split", "split_with_sizes", "chunk", "unbind")
+_ALWAYS_VIEWS = ("slice", "select", "transpose", "permute", "unsqueeze", "t", "view")
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
@@ -61,7 +64,9 @@ def _inline(owner: torch.nn.Module, node: fx.Node) -> None:
     name = str(node.target)
     if name not in _WRAPPERS:
         raise refusal(node, f"operator {name} is not supported", "it is control flow, or calls back into Python")
-    position = next(index for index, each in enumerate(node.args) if isinstance(each, fx.Node) and each.op == "get_attr")
+    position = next(
+        index for index, each in enumerate(node.args) if isinstance(each, fx.Node) and each.op == "get_attr"
+    )
     if name == "wrap_with_autocast" and node.args[2]:
         raise refusal(node, "autocast is not supported", "the program would hide the casts", codes.UNSUPPORTED_OPERATOR)
     body = owner.get_submodule(str(node.args[position].target))  # type: ignore[union-attr]
@@ -99,7 +104,24 @@ class _Writes:
         assert isinstance(mode, FakeTensorMode)
         self.mode = mode
         self.position = {node: index for index, node in enumerate(self.graph.nodes)}
-        self.memory = {node: _memory(node) for node in self.graph.nodes}
+        self.memory = self._memories()
+        for node in self.graph.nodes:
+            if node.target is aten.lift_fresh_copy.default:  # torch records the constant's own memory for its copy
+                self.memory[node.args[0]] = None
+        self.roots: set[fx.Node] = set()  # new values of whole tensors: no views of what they are computed from
+
+    def _memories(self) -> dict[fx.Node, int | None]:
+        """What memory every value lies in. Programs that were saved record types only: they are run again."""
+        views = [node for node in self.graph.nodes if getattr(node.target, "_opname", "") in _ALWAYS_VIEWS]
+        values = {node: node.meta.get("val") for node in self.graph.nodes}
+        if all(_memory(values[node]) == _memory(values[node.args[0]]) for node in views):  # type: ignore[index]
+            return {node: _memory(value) for node, value in values.items()}
+        with self.mode, torch.no_grad():
+            for node in self.graph.nodes:
+                if node.op == "call_function":
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: values[used])
+                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return {node: _memory(value) for node, value in values.items()}
 
     def remove(self) -> None:
         """Replace every in-place operator."""
@@ -108,24 +130,28 @@ class _Writes:
                 self._replace(node)
 
     def _replace(self, node: fx.Node) -> None:
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
         written = node.args[0] if node.args else None
-        writes = [a for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]  # type: ignore[union-attr]
-        if not isinstance(written, fx.Node) or len(writes) != 1 or writes[0] is not node.target._schema.arguments[0]:  # type: ignore[union-attr]
-            raise refusal(node, f"operator {node.target} is not supported", "it writes to other arguments than its first")
-        name = node.target._opname  # type: ignore[union-attr]
-        before = self.graph.inserting_before(node)
-        with before:
+        writes = [each for each in schema if each.alias_info is not None and each.alias_info.is_write]
+        if not isinstance(written, fx.Node) or len(writes) != 1 or writes[0] is not schema[0]:
+            raise refusal(
+                node, f"operator {node.target} is not supported", "it writes to other arguments than its first"
+            )
+        memory = self.memory[written]
+        here = self.position[node]
+        earlier = [each for each, known in self.memory.items() if known is not None and known == memory]
+        family = [each for each in earlier if self.position[each] <= here and each is not node]
+        type_only = node.target._opname in _TYPE_ONLY  # type: ignore[union-attr]
+        if not type_only:
+            self._refuse_state(node, family)
+        with self.graph.inserting_before(node):
             new = self._functional(node, written)
-            self.memory[new] = self.memory[written]
-            family = [each for each, memory in self.memory.items() if memory == self.memory[written] and each is not new]
-            if name in _TYPE_ONLY:
-                self._redirect(node, written, new)
-            else:
-                self._refuse_state(node, family)
-                others = [each for each in family if each is not written and each is not node and self._read_after(each, node)]
-                if others or self._parent(written) is not None:
-                    self._write_through(node, written, new, family)
-                self._redirect(node, written, new)
+            if not type_only and any(self._read_after(each, node) for each in family if each is not written):
+                new = self._write_through(node, written, new, family)
+            elif not type_only:
+                self.roots.add(new)
+            self.memory[new] = memory
+            self._redirect(node, written, new)
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
         del self.memory[node]
@@ -181,27 +207,28 @@ class _Writes:
     def _parent(self, node: fx.Node) -> fx.Node | None:
         """What a node is a view of."""
         source = node.args[0] if node.op == "call_function" and node.args else None
-        same = isinstance(source, fx.Node) and self.memory[source] is not None and self.memory[source] == self.memory[node]
-        return source if same else None  # type: ignore[return-value]
+        if node in self.roots or not isinstance(source, fx.Node):
+            return None
+        known = self.memory[source]
+        return source if known is not None and known == self.memory[node] else None
 
-    def _write_through(self, write: fx.Node, written: fx.Node, new: fx.Node, family: list[fx.Node]) -> None:
-        """Write a view's new value into its base, and take the views that are read later from the new base."""
-        replaced = {written: new}
+    def _write_through(self, write: fx.Node, written: fx.Node, new: fx.Node, family: list[fx.Node]) -> fx.Node:
+        """Write a view's new value into its base, and take all views from it again; returns the written one."""
+        memory = self.memory[written]
         view, value = written, new
         while (parent := self._parent(view)) is not None:
             value = self._inverse(write, view, parent, value)
-            replaced[parent] = value
             view = parent
-        for each in replaced.values():
-            self.memory[each] = self.memory[written]
+        self.roots.add(value)
+        replaced = {view: value}
         for each in family:
             source = self._parent(each)
-            if each not in replaced and source in replaced and self.position[each] <= self.position[write] and each is not write:
+            if source in replaced:
                 replaced[each] = self._call(write, each.target, replaced[source], *each.args[1:], **each.kwargs)
-                self.memory[replaced[each]] = self.memory[written]
         for old, again in replaced.items():
-            if old is not written:
-                self._redirect(write, old, again)
+            self.memory[again] = memory
+            self._redirect(write, old, again)
+        return replaced[written]
 
     def _inverse(self, write: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
         """The parent with the view's elements replaced."""
@@ -224,13 +251,16 @@ class _Writes:
             return self._call(write, aten.reshape.default, value, self._sizes(write, parent))
         if view.target is operator.getitem:
             return self._piece(write, view, parent, value)
-        raise refusal(write, f"a write through {name} is not supported", "its memory overlaps, or cannot be scattered back")
+        if name in _LISTS:
+            return value.args[0]  # type: ignore[return-value]
+        raise refusal(
+            write, f"a write through {name} is not supported", "its memory overlaps, or cannot be scattered back"
+        )
 
     def _piece(self, write: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node) -> fx.Node:
-        """A piece of a split or unbind, written back; `parent` is the list of pieces, whose new value is a list again."""
+        """A piece of a split or unbind, written back; `parent` is the list of pieces, and so is its new value."""
         source: Any = parent.args[0]
-        axis = int(parent.args[1] if "unbind" in str(parent.target) else (parent.args[2] if len(parent.args) > 2 else 0))  # type: ignore[arg-type]
-        index = int(view.args[1])  # type: ignore[arg-type]
+        axis, index = int(normalized_arguments(parent)["dim"]), int(view.args[1])  # type: ignore[arg-type]
         if "unbind" in str(parent.target):
             whole = self._call(write, aten.select_scatter.default, source, value, axis, index)
         else:
@@ -243,12 +273,14 @@ class _Writes:
 
     def _sizes(self, write: fx.Node, node: fx.Node) -> list[Any]:
         shape = node.meta["val"].shape
-        return [size if isinstance(size, int) else self._call(write, aten.sym_size.int, node, axis) for axis, size in enumerate(shape)]
+        return [
+            size if isinstance(size, int) else self._call(write, aten.sym_size.int, node, axis)
+            for axis, size in enumerate(shape)
+        ]
 
 
-def _memory(node: fx.Node) -> int | None:
+def _memory(value: Any) -> int | None:
     """Equal for values that share memory."""
-    value = node.meta.get("val")
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
