@@ -96,9 +96,9 @@ class _Search:
 
     def __init__(self, spec: "IntGrid", pieces: Pieces, dtype: torch.dtype, start: Tensors) -> None:
         # errors are counted in steps of the first grid, so that their squares neither under- nor overflow
-        unit = start["scale"].float().reciprocal()
+        self.unit = start["scale"].float().reciprocal()
         self.spec, self.dtype = spec, dtype
-        self.pieces = [(w.float(), unit if h is None else unit * h.float().sqrt()) for w, h in pieces]
+        self.pieces = [(values.float(), None if h is None else h.float()) for values, h in pieces]
         self.best = dict(start)
         self.error = self.error_of(start)
 
@@ -163,8 +163,10 @@ class _Search:
     def error_of(self, tensors: Tensors) -> Tensor:
         """The weighted squared error of every group."""
         total = torch.zeros(())
-        for values, root in self.pieces:
-            residual = self.residual(self.numbers(values, tensors), values, tensors).mul_(root)
+        for values, h in self.pieces:
+            residual = self.residual(self.numbers(values, tensors), values, tensors).mul_(self.unit)
+            if h is not None:
+                residual.mul_(h.sqrt())
             total = total + torch.linalg.vector_norm(residual, dim=-1, keepdim=True).square()
         return total
 
@@ -177,11 +179,11 @@ class _Search:
         # codes around 0 keep the equations well conditioned
         centre = self.spec.high / 2 if "minimum" in self.best else 0.0
         h_, hq, hqq, hr, hqr = [torch.zeros(())] * 5
-        for values, root in self.pieces:
+        for values, own in self.pieces:
             q = self.numbers(values, self.best)
             r = self.residual(q.clone(), values, self.best)
             q.sub_(centre)
-            h = root.square()
+            h = torch.ones(()) if own is None else own
             weighted = q * h
             hqq = hqq + (weighted * q).sum(-1, keepdim=True)
             hqr = hqr + (weighted * r).sum(-1, keepdim=True)
