@@ -90,7 +90,14 @@ class Driver:
         limit: int | None = None,
         diagnostics: Diagnostics | None = None,
     ) -> PassContext:
-        context = PassContext(diagnostics, claims=claims, limit=limit, reference=self._reference)
+        first = {entry: batches[0] for entry, batches in self.samples.calibration.items() if batches}
+        context = PassContext(
+            diagnostics,
+            claims=claims,
+            limit=limit,
+            reference=self._reference,
+            example=self.samples.example or first,
+        )
         try:
             if step.needs:
                 self._calibrated(step, program, context)
@@ -106,11 +113,18 @@ class Driver:
         return context
 
     def _calibrated(self, step: Pass, program: Program, context: PassContext) -> None:
-        """Run a pass block by block, each on statistics taken behind the blocks that were changed before it."""
+        """Run a pass block by block, each on statistics taken behind the blocks that were changed before it.
+
+        A pass whose scope is the program runs once, on statistics of all blocks.
+        """
         batches = self.samples.calibration
         if not any(batches.values()):
             raise PassError(codes.DATA_NEEDED, f"pass {step.name!r} needs calibration data")
         calibration = Calibration(program, batches)
+        if step.scope == "program":
+            context.statistics = calibration.gather_all(step.watches(program, context))
+            step.run(program, context)
+            return
         for block in calibration.blocks:
             context.block = block
             context.statistics = calibration.gather(block, step.watches(program, context))

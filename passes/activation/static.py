@@ -15,7 +15,6 @@ from sparc.encoding.int_grid import IntGrid
 from sparc.pass_base import Pass, PassContext, Stage
 from sparc.passes.activation.bias import fit_bias_step
 from sparc.passes.activation.insert import PER_TENSOR, add_params, insert_static
-from sparc.passes.activation.pairs import sink_decode
 from sparc.passes.activation.ranges import Range, entropy_range, mse_range, percentile_range
 from sparc.passes.activation.regions import values_to_quantize
 from sparc.program import Program
@@ -29,8 +28,8 @@ class CalibrateActivations(Pass):
 
     What is quantized: the inputs of products (convolutions, linears) whose weights are rounded to 8 bits, the outputs
     of such convolutions, and what adds, poolings, concatenations and the like between them write, so that the whole
-    stretch runs on integers (`sparc.passes.activation.regions`). Each value is quantized once; reshapes, max-poolings
-    and other operators that only move elements then work on its codes.
+    stretch runs on integers (`sparc.passes.activation.regions`). Each value is quantized once, before reshapes,
+    max-poolings, zero padding and what else only moves elements: quantizing again behind them would change nothing.
 
     Args:
         method: how the range is chosen: `minmax` (all values seen), `percentile`, `entropy` (least divergence of the
@@ -147,4 +146,3 @@ def _quantize(program: Program, name: str, value: fx.Node, bounds: Range) -> Non
     decoded = insert_static(entry, value, params, PER_TENSOR, before, like=value)
     for user in users:
         user.replace_input_with(value, decoded)
-    sink_decode(entry, decoded)

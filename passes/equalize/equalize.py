@@ -1,0 +1,154 @@
+"""Equalisation of channels: factors move from where a value is written to where it is read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from sparc import codes
+from sparc.contract import Bounded
+from sparc.diag import PassError
+from sparc.pass_base import Pass, PassContext, Stage
+from sparc.passes.equalize.classes import NORMS, ChannelClass, Classes, packet
+from sparc.program import Program, is_weight
+
+_MOST = 2.0**10
+
+
+@dataclass(frozen=True)
+class Equalize(Pass):
+    """f(g(x) ; w) with g(x) written by v => f(g(x) ; w / s) with v * s: the channels of a value get alike ranges.
+
+    The factor of a channel is `s = columns^(1 - strength) / range^strength`, where `columns` is the largest weight that
+    reads the channel and `range` the channel's largest magnitude. So the scale that a whole value shares when it is
+    quantized fits every channel better. Only what commutes with positive factors lies between writer and reader;
+    residual streams are rescaled as one. (Cross-layer equalisation, Nagel et al. 2019; with norms as writers and data,
+    SmoothQuant.)
+
+    ReLU6 and other clips do not commute with factors, so nothing is moved through them.
+
+    Args:
+        strength: 0 makes the readers' columns alike, 1 the ranges of the channels.
+        ranges: where ranges come from: `data` (calibration) or `weights` (the largest weight and bias that write a
+            channel).
+    """
+
+    name: ClassVar[str] = "equalize"
+    stage: ClassVar[Stage] = Stage.EQUALIZE
+    scope: ClassVar[str] = "program"
+
+    strength: float = 0.5
+    ranges: Literal["data", "weights"] = "data"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise PassError(codes.BAD_OPTION, f"strength={self.strength!r}", hint="a number from 0 to 1")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """The largest magnitude of every channel, when ranges come from data."""
+        return frozenset({"absmax"}) if self.ranges == "data" else frozenset()
+
+    @property
+    def contract(self) -> Bounded:
+        """The function stays the same."""
+        return Bounded(1e-4)
+
+    def watches(self, program: Program, context: PassContext) -> Iterator[tuple[fx.Node, str]]:
+        """Every value of every class that will be rescaled."""
+        for found in self._classes(program, context):
+            for value, axis in found.values.items():
+                yield value, f"absmax:{axis}"
+
+    def run(self, program: Program, context: PassContext) -> None:
+        """Rescale every class that a selected site reads."""
+        for found in self._classes(program, context):
+            extent = self._range(program, found, context)
+            if extent is None:
+                context.skip(found.writers[0], "no calibration data reached it")
+            elif context.edit():
+                rescale(program, found, factors(extent, columns(program, found), self.strength))
+
+    def _classes(self, program: Program, context: PassContext) -> Iterator[ChannelClass]:
+        selected = {use.node for site in context.sites(program) for use in site.uses}
+        for entry in program.entries.values():
+            for found in Classes(program, entry.graph):
+                if not selected.intersection(found.readers):
+                    continue
+                if found.frozen:
+                    context.skip(found.readers[0], f"its input cannot be rescaled: {found.frozen}")
+                else:
+                    yield found
+
+    def _range(self, program: Program, found: ChannelClass, context: PassContext) -> Tensor | None:
+        if self.ranges == "weights":
+            return torch.stack([_written(program, writer) for writer in found.writers]).amax(0)
+        if context.statistics is None:
+            return None
+        seen = [context.statistics(value, f"absmax:{axis}") for value, axis in found.values.items()]
+        return torch.stack(seen).amax(0) if all(each is not None for each in seen) else None
+
+
+def factors(extent: Tensor, column: Tensor, strength: float) -> Tensor:
+    """The factor of each channel, with geometric mean 1; 1 where a channel is never on or never read.
+
+    Args:
+        extent: `[channels]`, the largest magnitude of each channel.
+        column: `[channels]`, the largest weight that reads each channel.
+        strength: the power of `extent`; that of `column` is the rest.
+    """
+    live = (extent > 0) & (column > 0)
+    logs = (1 - strength) * column.double().log() - strength * extent.double().log()
+    if not bool(live.any()):
+        return torch.ones_like(logs)
+    logs = torch.where(live, logs - logs[live].mean(), torch.zeros_like(logs))
+    return logs.exp().clamp(1 / _MOST, _MOST)
+
+
+def columns(program: Program, found: ChannelClass) -> Tensor:
+    """`[channels]`: the largest weight that reads each channel."""
+    largest = []
+    for reader in found.readers:
+        weight = program.weights[_name(reader.args[1])].double().abs()
+        per_input = weight.reshape(weight.shape[0], weight.shape[1], -1).amax(-1)
+        groups = found.size // weight.shape[1]
+        largest.append(per_input.reshape(groups, -1, weight.shape[1]).amax(1).flatten())
+    return torch.stack(largest).amax(0)
+
+
+def rescale(program: Program, found: ChannelClass, factor: Tensor) -> None:
+    """Multiply what writes each channel by its factor, and divide the columns that read it.
+
+    Args:
+        program: is edited.
+        found: a class that is not frozen.
+        factor: `[channels]` float64, positive.
+    """
+    for writer in found.writers:
+        positions = NORMS.get(packet(writer), (1, 2))
+        for weight in (writer.args[position] for position in positions if len(writer.args) > position):
+            if weight is not None:
+                old = program.weights[_name(weight)]
+                shape = (-1, *[1] * (old.ndim - 1))
+                program.set_weight(_name(weight), (old.double() * factor.reshape(shape)).to(old.dtype))
+    for reader in found.readers:
+        old = program.weights[_name(reader.args[1])]
+        groups = found.size // old.shape[1]
+        each = factor.reshape(groups, 1, -1).expand(groups, old.shape[0] // groups, -1).reshape(old.shape[:2])
+        scaled = old.double() / each.reshape(*old.shape[:2], *[1] * (old.ndim - 2))
+        program.set_weight(_name(reader.args[1]), scaled.to(old.dtype))
+
+
+def _written(program: Program, writer: fx.Node) -> Tensor:
+    """`[channels]`: the largest weight that writes each channel, and its bias."""
+    positions = NORMS.get(packet(writer), (1, 2))
+    weights = [writer.args[position] for position in positions if len(writer.args) > position]
+    known = [program.weights[_name(weight)].double().abs() for weight in weights if weight is not None]
+    return torch.stack([weight.reshape(weight.shape[0], -1).amax(1) for weight in known]).amax(0)
+
+
+def _name(weight: Any) -> str:
+    assert is_weight(weight)
+    return str(weight.target)
