@@ -110,6 +110,7 @@ class PassContext:
         limit: stop after so many edits (the driver bisects with it).
         block: only nodes of this block may be edited; None for all.
         reference: the program before the first approximating pass; None while there was none.
+        example: for each entry, flat inputs that a pass may run the program on.
     """
 
     def __init__(
@@ -121,12 +122,14 @@ class PassContext:
         limit: int | None = None,
         block: int | None = None,
         reference: Program | None = None,
+        example: Mapping[str, list[Tensor]] | None = None,
     ) -> None:
         self.diagnostics = diagnostics if diagnostics is not None else Diagnostics()
         self.statistics = statistics
         self.limit = limit
         self.block = block
         self.reference = reference
+        self.example = dict(example or {})
         self.edits = 0
         self.skips: dict[SkipRow, None] = {}
         self.rewrites: list[Rewrite] = []

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 
 from sparc import codes
@@ -12,12 +13,18 @@ from sparc.contract import Approximate
 from sparc.diag import PassError
 from sparc.encoding.blocks import Blocks
 from sparc.encoding.dense import Dense
-from sparc.encoding.mask import MaskEncoding
 from sparc.encoding.nm import NM
 from sparc.encoding.operators import round_weight
 from sparc.pass_base import Pass, PassContext, Stage
 from sparc.passes.round.importance import column_importance, input_moments
 from sparc.program import Program
+
+_DTYPES: dict[torch.dtype, Literal["float64", "float32", "float16", "bfloat16"]] = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Prune(Pass):
     name: ClassVar[str] = "prune"
     stage: ClassVar[Stage] = Stage.MASK
 
-    pattern: MaskEncoding = field(default=NM(2, 4))
+    pattern: NM | Blocks = field(default=NM(2, 4))
     density: float | None = None
     importance: Literal["none", "data"] = "none"
     floor: float | None = None
@@ -88,7 +95,7 @@ class Prune(Pass):
     def _prune(self, program: Program, site: Site, importance: Tensor | None) -> None:
         weight = program.weights[site.weight]
         matrix = site.view.to_matrix(weight)
-        pattern = self.pattern.around(Dense(str(weight.dtype).removeprefix("torch.")))
+        pattern = self.pattern.around(Dense(_DTYPES[weight.dtype]))
         if isinstance(pattern, Blocks):
             mask = pattern.select(matrix, self.density or 0.0, importance)
         else:
@@ -98,6 +105,8 @@ class Prune(Pass):
 
     def _unsuitable(self, program: Program, site: Site) -> str | None:
         weight = program.weights[site.weight]
+        if weight.dtype not in _DTYPES:
+            return f"its dtype is {str(weight.dtype).removeprefix('torch.')}"
         if any(use.operator == "embedding" for use in site.uses):
             return "it is an embedding: no product skips its zeros"
         if any(use.operator == "conv" for use in site.uses) and weight.shape[1] == 1:

@@ -6,14 +6,17 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, fx
 
+from sparc import codes
 from sparc.analysis.sites import Site
 from sparc.contract import Approximate
+from sparc.diag import PassError
 from sparc.encoding.base import Encoding
 from sparc.encoding.compose import compose, refit
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.operators import round_weight
 from sparc.pass_base import Pass, PassContext, Stage
 from sparc.passes.round.importance import column_importance, input_moments
+from sparc.passes.round.mixed import Rounded, worth_more
 from sparc.program import Program
 
 
@@ -27,6 +30,11 @@ class Round(Pass):
         importance: what a squared error in a column costs: `none` (the same in every column) or `data` (the mean square
             of the input column, from calibration).
         floor: a site whose signal-to-noise ratio falls below so many decibels is restored, with a remark.
+        finer: an encoding of more bytes, for the sites where it removes most noise from the model's outputs.
+        budget: what all selected sites may take together, as a part of their dense bytes; goes with `finer`.
+
+    Raises:
+        PassError: SPARC209 when only one of `finer` and `budget` is given, or the budget is not between 0 and 1.
     """
 
     name: ClassVar[str] = "round"
@@ -36,11 +44,24 @@ class Round(Pass):
     search: bool = False
     importance: Literal["none", "data"] = "none"
     floor: float | None = None
+    finer: Encoding | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.finer is None) != (self.budget is None):
+            raise PassError(codes.BAD_OPTION, "round takes finer and budget together", hint="give both, or neither")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise PassError(codes.BAD_OPTION, f"round has no budget of {self.budget!r}", hint="above 0, at most 1")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Mean squares of the inputs, when importance comes from data."""
-        return frozenset({"moments"}) if self.importance == "data" else frozenset()
+        """Mean squares of the inputs, when importance comes from data or a budget is shared out."""
+        return frozenset({"moments"}) if self.importance == "data" or self.finer is not None else frozenset()
+
+    @property
+    def scope(self) -> str:  # type: ignore[override]
+        """`program` when a budget is shared out: every site must be known before one is chosen."""
+        return "match" if self.finer is None else "program"
 
     @property
     def contract(self) -> Approximate:
@@ -53,6 +74,7 @@ class Round(Pass):
 
     def run(self, program: Program, context: PassContext) -> None:
         """Round every selected site."""
+        rounded = []
         for site in context.sites(program):
             encoding = _encoding(program, site, self.encoding)
             if encoding is None:
@@ -62,7 +84,16 @@ class Round(Pass):
                 context.skip(site.weight, why, site.location)
             elif context.edit():
                 importance = column_importance(program, site, context) if self.needs else None
-                round_site(program, site, self.encoding, importance, self.search)
+                rounded.append(Rounded(site, program.weights.record(site.weight), importance))
+                self._round(program, rounded[-1], self.encoding)
+        if self.finer is not None and self.budget is not None:
+            for each in worth_more(program, rounded, self.finer, self.budget, context.example):
+                program.weights.put(each.site.weight, each.original)
+                self._round(program, each, self.finer)
+
+    def _round(self, program: Program, each: Rounded, encoding: Encoding) -> None:
+        importance = each.importance if self.importance == "data" else None
+        round_site(program, each.site, encoding, importance, self.search)
 
 
 def round_site(program: Program, site: Site, encoding: Encoding, importance: Tensor | None, search: bool) -> None:

@@ -1,0 +1,114 @@
+"""Two encodings in one model: which sites are worth more bytes, when a budget limits all of them together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from sparc.analysis.sites import Site
+from sparc.encoding.base import Encoding
+from sparc.encoding.compose import compose
+from sparc.execute import Values, execute
+from sparc.program import Program, Weight
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A site that was rounded to the coarser encoding.
+
+    Args:
+        site: the site.
+        original: its weight before.
+        importance: the cost of a squared error in each column or element; None when nothing is known.
+    """
+
+    site: Site
+    original: Weight
+    importance: Tensor | None
+
+
+def worth_more(
+    program: Program, rounded: Sequence[Rounded], finer: Encoding, budget: float, examples: Mapping[str, list[Tensor]]
+) -> list[Rounded]:
+    """The sites to round to `finer` instead: those that remove most output noise for each byte, within the budget.
+
+    Args:
+        program: with the sites rounded to the coarser encoding.
+        rounded: those sites.
+        finer: an encoding that costs more bytes.
+        budget: bytes of all these sites together, as a part of their dense bytes.
+        examples: for each entry, flat inputs that sensitivities are measured on.
+    """
+    left = budget * sum(each.original.tensor.nbytes for each in rounded)
+    costs: dict[str, int] = {}
+    for each in rounded:
+        grid = program.grid(each.site.weight)
+        assert grid is not None
+        matrix = each.site.view.matrix_shape(each.original.tensor.shape)
+        coarse = int(grid.spec.bytes_on(grid, matrix))
+        left -= coarse
+        composed = compose(each.original.grid.spec if each.original.grid else None, finer)
+        if composed.accepts(matrix) is None:
+            costs[each.site.weight] = int(composed.bytes_on(grid, matrix)) - coarse
+    uses = {use.node: use.entry for each in rounded for use in each.site.uses}
+    slopes = sensitivities(program, uses, examples)
+    gains = {each.site.weight: output_noise(program, each, slopes) for each in rounded}
+    candidates = [each for each in rounded if each.site.weight in costs and gains[each.site.weight] > 0]
+    chosen = []
+    for each in sorted(candidates, key=lambda each: -gains[each.site.weight] / max(1, costs[each.site.weight])):
+        if costs[each.site.weight] <= left:
+            left -= costs[each.site.weight]
+            chosen.append(each)
+    return chosen
+
+
+def output_noise(program: Program, rounded: Rounded, slopes: Mapping[fx.Node, float]) -> float:
+    """The squared change of the program's outputs that rounding one site makes, to first order.
+
+    Errors in a weight's elements are taken to be independent: an element's error adds its square times the input's mean
+    square to one output channel, and each channel of a use is as sensitive as the average one.
+    """
+    site, original = rounded.site, rounded.original.tensor
+    matrix = site.view.to_matrix((program.weights[site.weight] - original).float()).square()
+    rows = matrix.numel() // matrix.shape[-1]
+    cost = torch.ones(()) if rounded.importance is None else rounded.importance
+    read, looked_up = float((matrix * cost).sum()), float(matrix.sum()) / matrix.shape[-1]
+    return sum(slopes[use.node] * (looked_up if use.operator == "embedding" else read) / rows for use in site.uses)
+
+
+def sensitivities(
+    program: Program, uses: Mapping[fx.Node, str], examples: Mapping[str, list[Tensor]]
+) -> dict[fx.Node, float]:
+    """For each node, the squared gradient of a random projection of all floating outputs, summed over the node's value.
+
+    With a standard normal projection that is, on average, the squared norm of the outputs' Jacobian (Hutchinson 1989).
+
+    Args:
+        program: is run once per entry, forwards and backwards.
+        uses: the nodes and their entries.
+        examples: for each entry, flat inputs.
+    """
+    found = dict.fromkeys(uses, 0.0)
+    for name, tensors in examples.items():
+        values: dict[fx.Node, Tensor] = {}
+
+        def track(node: fx.Node, value: object, _: Values, values: dict[fx.Node, Tensor] = values) -> None:
+            if node in uses and isinstance(value, Tensor):
+                values[node] = value if value.requires_grad else value.requires_grad_()
+
+        outputs = execute(program.entries[name].graph, program.weights, tensors, watch=track, grad=True)
+        loss = _projection([value for value in outputs if isinstance(value, Tensor) and value.requires_grad])
+        if loss is None or not values:
+            continue
+        gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+        for node, gradient in zip(values, gradients, strict=True):
+            if gradient is not None:
+                found[node] = float(gradient.square().sum(dtype=torch.float64))
+    return found
+
+
+def _projection(outputs: Sequence[Tensor]) -> Tensor | None:
+    generator = torch.Generator().manual_seed(0)
+    terms = [(each * torch.randn(each.shape, generator=generator).to(each.dtype)).sum() for each in outputs]
+    return torch.stack([term.float() for term in terms]).sum() if terms else None
