@@ -17,7 +17,7 @@ from sparc.ledger import Ledger, Ratio, SiteRow, Summary
 _COLOURS = 7
 _MOST_BLOCKS = 64
 _WIDTH = 1040
-_LONGEST = 34
+_LONGEST = 28
 _LABELS = 210
 _FIGURES = 150
 
@@ -64,6 +64,7 @@ def page(ledger: Ledger, diagnostics: Sequence[Diagnostic], title: str) -> str:
         name_text=data.name_text,
         measured=data.measured_text,
         pass_text=data.pass_text,
+        source_text=data.source_text,
         skips=data.skip_reasons,
     )
 
@@ -109,7 +110,7 @@ def _error_tile(summary: Summary) -> list[Tile]:
     cosines = [figures["cosine"] for figures in summary.errors.values() if "cosine" in figures]
     source = "held-out inputs" if summary.data == "held out" else f"{summary.data} inputs"
     detail = f"cosine {min(cosines):.5f}, {source}" if cosines else source
-    return [Tile("output error", f"{100 * worst:.2g}%", detail)]
+    return [Tile("largest output error", f"{100 * worst:.2g}%", detail)]
 
 
 # plots ----------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from sparc import codes
-from sparc.capture import short_path
 from sparc.cli.huggingface import load_folder
 from sparc.diag import CaptureError, Location
+from sparc.source import short_path
 from sparc.suggest import hint
 
 
