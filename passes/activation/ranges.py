@@ -11,6 +11,7 @@ LEVELS = 256
 _COARSE = [0.2 + 0.05 * step for step in range(17)]
 _FINE = [-0.04 + 0.01 * step for step in range(9)]
 _ENTROPY_CANDIDATES = 128
+_SAME = 1e-12
 
 Range = tuple[float, float]
 
@@ -27,8 +28,8 @@ def percentile_range(counts: Tensor, low: float, high: float, percent: float) ->
     edges = torch.linspace(low, high, counts.numel() + 1, dtype=torch.float64)
     cumulative = counts.double().cumsum(0) / counts.sum()
     outside = (1 - percent / 100) / 2
-    first = int((cumulative <= outside).sum())
-    last = min(int((cumulative < 1 - outside - 1e-12).sum()), counts.numel() - 1)
+    first = int((cumulative <= outside + _SAME).sum())
+    last = min(int((cumulative < 1 - outside - _SAME).sum()), counts.numel() - 1)
     return min(0.0, float(edges[first])), max(0.0, float(edges[last + 1]))
 
 
