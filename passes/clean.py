@@ -68,6 +68,7 @@ class RemoveNoOps(_CleanPass):
             return
         if found.call is not None:
             node.target, node.args, node.kwargs = found.call[0], found.call[1], {}
+            self._simplify(program, node, context)  # two reshapes in one may have no effect at all
             return
         node.replace_all_uses_with(found.value)
         node.graph.erase_node(node)

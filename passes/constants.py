@@ -42,11 +42,16 @@ class FoldConstants(Pass):
         for entry, node in _plan(program, constant, self.limit):
             if not context.edit():
                 break
-            self._fold(program, entry, node, made)
+            if not self._fold(program, entry, node, made):
+                context.edits -= 1
         program.sweep()
 
-    def _fold(self, program: Program, entry: Entry, node: fx.Node, made: list[str]) -> None:
+    def _fold(self, program: Program, entry: Entry, node: fx.Node, made: list[str]) -> bool:
         value = _evaluate(program, node)
+        stored = value.clone()  # dense tensors keep their strides: products take another path for others
+        if stored.stride() != value.stride() and any(_is_product(user) for user in node.users):
+            return False
+        value = stored
         sources = _weights_of(node)
         name = next((each for each in made if same_bits(program.weights[each], value)), None)
         if name is None:
@@ -66,6 +71,7 @@ class FoldConstants(Pass):
         if sources and sources[0] not in program.weights:
             program.rename_weight(name, sources[0])
             made[made.index(name)] = sources[0]
+        return True
 
 
 def _constants(program: Program) -> set[fx.Node]:
@@ -167,4 +173,9 @@ def _evaluate(program: Program, node: fx.Node) -> Tensor:
         for used in _cone(node):
             env[used] = run_node(used, env, program.weights)
     value: Tensor = env[node]
-    return value.detach().clone(memory_format=torch.contiguous_format)
+    return value.detach()
+
+
+def _is_product(node: fx.Node) -> bool:
+    name = str(getattr(node.target, "_opname", ""))
+    return "mm" in name or name.startswith(("conv", "linear", "matmul", "einsum", "scaled_dot_product"))

@@ -95,8 +95,10 @@ def two_writes_through_one_view(y):
     return y.sum(0), part
 
 
-CASES = [fresh_and_read, read_before_and_after, through_slices, view_read_later, through_transpose, through_split, through_reshape,
-         copied_by_reshape, indexed, logic, diagonal, two_writes_through_one_view]  # fmt: skip
+CASES = [
+    fresh_and_read, read_before_and_after, through_slices, view_read_later, through_transpose, through_split,
+    through_reshape, copied_by_reshape, indexed, logic, diagonal, two_writes_through_one_view,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

@@ -67,8 +67,11 @@ def is_static(node: fx.Node) -> bool:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit: NaN equals itself, -0.0 does not equal 0.0."""
-    if a.dtype != b.dtype or a.shape != b.shape:
+    """Whether two tensors are equal bit for bit, and laid out alike, so that no product takes another path.
+
+    NaN equals itself, -0.0 does not equal 0.0.
+    """
+    if a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
         return False
     if a.is_floating_point() and a.element_size() in _BITS:
         kind = _BITS[a.element_size()]

@@ -2,5 +2,6 @@
 
 from sparc.testing.encoding_mutants import encoding_mutants
 from sparc.testing.encodings import assert_encoding
+from sparc.testing.passes import assert_mutants_caught, assert_pass, mutants
 
-__all__ = ["assert_encoding", "encoding_mutants"]
+__all__ = ["assert_encoding", "assert_mutants_caught", "assert_pass", "encoding_mutants", "mutants"]

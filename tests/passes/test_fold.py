@@ -8,6 +8,7 @@ from sparc.capture import capture
 from sparc.driver import Driver
 from sparc.pass_base import Samples
 from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
+from sparc.testing import assert_mutants_caught, assert_pass
 
 
 def trained(norm):
@@ -100,7 +101,7 @@ class TwoUses(nn.Module):
 
 
 def left_alone(model, x, step=fold_batch_norm):
-    program, row = run(model.eval(), x, step)
+    _, row = run(model.eval(), x, step)
     assert row.changed == 0
     return row.skips[0].why
 
@@ -117,3 +118,13 @@ def test_reasons_to_leave_it_alone():
     assert "pads with zeros" in left_alone(padded, x, fold_batch_norm_before)
     transposed = nn.Sequential(trained(nn.BatchNorm2d(4)), nn.ConvTranspose2d(4, 4, 3))
     assert "pads with zeros" in left_alone(transposed, x, fold_batch_norm_before)
+
+
+@pytest.mark.parametrize("step", [fold_batch_norm, fold_batch_norm_before], ids=lambda step: step.name)
+def test_the_contract_kit_and_wrong_twins(step):
+    layers = [nn.Conv2d(4, 6, 3), trained(nn.BatchNorm2d(6))]
+    if step is fold_batch_norm_before:
+        layers = [trained(nn.BatchNorm2d(4)), nn.Conv2d(4, 6, 3)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 4, 8, 8)
+    assert_pass(step, model, (x,), dynamic={"input": {0: "batch"}})
+    assert "ScaledConstant" in assert_mutants_caught(step, model, (x,))
