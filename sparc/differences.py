@@ -64,9 +64,9 @@ def difference(name: str, a: Tensor, b: Tensor, node: fx.Node | None = None) -> 
     same = (wide_a == wide_b) | (wide_a.isnan() & wide_b.isnan())
     error = torch.where(same, 0.0, (wide_b - wide_a).abs() / (1 + wide_a.abs()))
     error = torch.where(error.isnan(), math.inf, error)
-    figures = [_percentile(error, part) for part in (1.0, 0.99, 0.9)]
-    noise = snr_db(a, b) if math.isfinite(figures[0]) else -math.inf
-    return Difference(name, *figures, noise, cosine(a, b), *labels)
+    largest, p99, p90 = (_percentile(error, part) for part in (1.0, 0.99, 0.9))
+    noise = snr_db(a, b) if math.isfinite(largest) else -math.inf
+    return Difference(name, largest, p99, p90, noise, cosine(a, b), *labels)
 
 
 def _percentile(values: Tensor, part: float) -> float:

@@ -1,102 +1,33 @@
-"""Artifacts: called like the model, saved whole or not at all, identical for identical inputs, and checked when
-loaded.
-"""
+"""Artifacts: called like the model, saved and loaded, identical for identical inputs, and replaced."""
 
-import errno
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparc import codes, files
 from sparc.artifact import Artifact, load_artifact
 from sparc.capture import capture
 from sparc.codegen.reference import ReferenceEmission, ReferenceTarget
 from sparc.diag import Diagnostics, SparcError
 from sparc.encoding.parse import BUILTIN
 from sparc.inputs import example_tensors
-from sparc.ledger import Ledger, PassRow, Ratio, SiteRow, SkipRow
+from sparc.ledger import Ledger
 from sparc.program import Program
-from sparc.target import Span, StoredTensor, Target
-
-
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        hidden = self.fc(self.embed(ids)) * mask.unsqueeze(-1)
-        return {"hidden": hidden, "pooled": hidden.mean(1)}
-
-
-IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
-MASK = torch.ones(2, 5, dtype=torch.int64)
-
-
-@cache
-def captured() -> Program:
-    torch.manual_seed(0)
-    shape = {0: "batch", 1: "seq"}
-    return capture(Encoder(), {"ids": IDS, "mask": MASK}, dynamic={"ids": shape, "mask": shape})
-
-
-def make_program() -> Program:
-    return captured().clone()
-
-
-def make_ledger() -> Ledger:
-    ledger = Ledger()
-    skip = SkipRow("embed.weight", "its module is excluded")
-    measured = {"snr_db": float("inf")}
-    ledger.passes.append(PassRow("round(bits=8)", "*", "approximate", 1, 2, [skip], measured, 500, 200, seconds=1.5))
-    source = "model.py:3 in forward"
-    ledger.sites.append(SiteRow("fc.weight", "fc", source, "linear", "IntGrid()", "", 41.5, 128, 48, 48, "MatMulNBits"))
-    ledger.summary.errors = {"hidden": {"relative error": 0.01}}
-    ledger.summary.latencies = [Ratio("eager torch", 0.5, 0.4, 0.6, 30)]
-    return ledger
-
-
-def make_artifact(emission: Any = None) -> Artifact:
-    program = make_program()
-    diagnostics = Diagnostics()
-    diagnostics.remark(codes.NOT_MATCHED, "embed.weight was left alone", why="its module is excluded")
-    return Artifact(program, make_ledger(), diagnostics, emission or ReferenceEmission(program), "name = 'w8'\n")
-
-
-def target_of(name: str) -> Target:
-    assert name == "reference"
-    return ReferenceTarget()
-
-
-def load(folder: Path) -> Artifact:
-    return load_artifact(folder, BUILTIN, target_of)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+from sparc.target import Span, StoredTensor
+from tests import artifacts
+from tests.artifacts import IDS, MASK, Encoder, code_of, content, load, make_artifact, make_program
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return make_artifact().save(tmp_path / "out")
-
-
-def code_of(action: Callable[[], Any]) -> str:
-    with pytest.raises(SparcError) as caught:
-        action()
-    return caught.value.code
 
 
 # calling --------------------------------------------------------------------------------------------------------------
@@ -188,7 +119,7 @@ def test_a_loaded_artifact_may_be_saved_over_itself(saved: Path) -> None:
 def test_bytes_depend_on_neither_folder_nor_process_nor_hash_seed(saved: Path, tmp_path: Path) -> None:
     script = f"""
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("test_artifact", {__file__!r})
+spec = importlib.util.spec_from_file_location("artifacts", {artifacts.__file__!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 module.make_artifact().save(sys.argv[1])
@@ -306,190 +237,3 @@ def test_a_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
     assert code_of(lambda: make_artifact().save(tmp_path / "out")) == "SPARC505"
     assert (tmp_path / "out").read_text() == "x"
-
-
-# interrupted ----------------------------------------------------------------------------------------------------------
-STEPS = ("fsync", "rename", "mkdir", "write")
-
-
-@contextmanager
-def failing(monkeypatch: pytest.MonkeyPatch, at: int, error: BaseException) -> Iterator[list[str]]:
-    """The operating system refuses the `at`-th step of writing (a folder made, a file written, a flush, a rename)."""
-    done: list[str] = []
-
-    def guarded(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            done.append(name)
-            if len(done) == at + 1:
-                raise error
-            return real(*args, **kwargs)
-
-        return step
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", guarded("fsync", os.fsync))
-        patch.setattr(os, "rename", guarded("rename", os.rename))
-        patch.setattr(os, "mkdir", guarded("mkdir", os.mkdir))
-        patch.setattr(files, "write_file", guarded("write", files.write_file))
-        yield done
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"]
-)
-@pytest.mark.parametrize("there", [False, True], ids=["new", "replacing"])
-def test_wherever_saving_is_interrupted_nothing_is_left_behind(
-    there: bool, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    artifact, folder, other = make_artifact(), tmp_path / "deep" / "out", make_artifact()
-    other.recipe_text = "other"
-    if there:
-        artifact.save(folder)
-    before = content(folder) if there else None
-    with failing(monkeypatch, 10**9, error) as steps:
-        other.save(tmp_path / "count" / "out")
-    total = len(steps)
-    assert total > 15
-    for at in range(total):
-        with failing(monkeypatch, at, error), pytest.raises((SparcError, KeyboardInterrupt)) as caught:
-            other.save(folder)
-        if isinstance(error, OSError):
-            assert isinstance(caught.value, SparcError)
-            assert caught.value.code == "SPARC505"
-            assert "no space" in str(caught.value)
-        assert sorted(path.name for path in tmp_path.iterdir()) == (["count", "deep"] if there else ["count"])
-        if there:
-            assert [path.name for path in folder.parent.iterdir()] == ["out"]
-            assert content(folder) == before
-    other.save(folder)
-
-
-def test_a_disk_that_fills_up_while_weights_are_written(saved: Path) -> None:
-    """The operating system itself refuses: no file may grow beyond 700 bytes."""
-    before = content(saved)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
-    try:
-        code = code_of(lambda: make_artifact().save(saved))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == "SPARC505"
-    assert content(saved) == before
-    assert [path.name for path in saved.parent.iterdir()] == ["out"]
-
-
-def test_one_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "report.html"
-    files.replace_file(path, b"old")
-    for error in (OSError(errno.ENOSPC, "full"), KeyboardInterrupt()):
-        with failing(monkeypatch, 0, error), pytest.raises((SparcError, KeyboardInterrupt)):
-            files.replace_file(path, b"new")
-        assert content(tmp_path) == {"report.html": b"old"}
-    files.replace_file(path, b"new")
-    assert content(tmp_path) == {"report.html": b"new"}
-    assert code_of(lambda: files.replace_file(tmp_path / "no" / "such" / "folder.html", b"x")) == "SPARC505"
-
-
-# damaged --------------------------------------------------------------------------------------------------------------
-NAMES = ("program.json", "target.json", "report.json", "recipe.toml", "weights.safetensors")
-
-
-def rewrite(folder: Path, name: str, data: bytes) -> None:
-    """Replace a file and mend the manifest, as somebody would who means harm."""
-    (folder / name).write_bytes(data)
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    record = files.hash_bytes(data)
-    manifest["files"][name] = {"size": record.size, "sha256": record.sha256}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize("name", [*NAMES, "manifest.json"])
-def test_a_missing_file(name: str, saved: Path) -> None:
-    (saved / name).unlink()
-    assert code_of(lambda: load(saved)) == "SPARC501"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_truncated_file(name: str, saved: Path) -> None:
-    (saved / name).write_bytes((saved / name).read_bytes()[:-1])
-    assert code_of(lambda: load(saved)) == "SPARC502"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_one_bit_altered(name: str, saved: Path) -> None:
-    data = bytearray((saved / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (saved / name).write_bytes(data)
-    assert code_of(lambda: load(saved)) == "SPARC502"
-
-
-def test_no_folder(tmp_path: Path) -> None:
-    assert code_of(lambda: load(tmp_path / "nothing")) == "SPARC501"
-    (tmp_path / "file").write_text("x")
-    assert code_of(lambda: load(tmp_path / "file")) == "SPARC501"
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_links_are_refused(link: Callable[[Path, Path], None], name: str, saved: Path, tmp_path: Path) -> None:
-    (saved / name).rename(tmp_path / name)
-    link(tmp_path / name, saved / name)
-    assert code_of(lambda: load(saved)) == "SPARC504"
-
-
-def test_a_pipe_is_refused(saved: Path) -> None:
-    (saved / "recipe.toml").unlink()
-    os.mkfifo(saved / "recipe.toml")
-    assert code_of(lambda: load(saved)) == "SPARC504"
-
-
-MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a later version": (lambda m: m.update(version=2), "SPARC507"),
-    "another format": (lambda m: m.update(format="zip"), "SPARC503"),
-    "an unknown key": (lambda m: m.update(hook="x"), "SPARC503"),
-    "a path upwards": (lambda m: m["files"].update({"../../etc/passwd": {"size": 1, "sha256": "0" * 64}}), "SPARC504"),
-    "an absolute path": (lambda m: m["files"].update({"/etc/passwd": {"size": 1, "sha256": "0" * 64}}), "SPARC504"),
-    "a path below": (lambda m: m["files"].update({"a/b": {"size": 1, "sha256": "0" * 64}}), "SPARC504"),
-    "a hidden file": (lambda m: m["files"].update({".ssh": {"size": 1, "sha256": "0" * 64}}), "SPARC504"),
-    "a file less": (lambda m: m["files"].pop("recipe.toml"), "SPARC503"),
-    "a record without hash": (lambda m: m["files"]["recipe.toml"].pop("sha256"), "SPARC503"),
-    "a hash that is none": (lambda m: m["files"]["recipe.toml"].update(sha256="0"), "SPARC503"),
-    "a negative size": (lambda m: m["files"]["recipe.toml"].update(size=-1), "SPARC503"),
-    "another target": (lambda m: m.update(target="onnx"), "SPARC503"),
-    "files that are a list": (lambda m: m.update(files=[]), "SPARC503"),
-}
-
-
-@pytest.mark.parametrize("change", MANIFESTS)
-def test_a_manifest_that_is_wrong(change: str, saved: Path) -> None:
-    manifest = json.loads((saved / "manifest.json").read_bytes())
-    MANIFESTS[change][0](manifest)
-    (saved / "manifest.json").write_text(json.dumps(manifest))
-    assert code_of(lambda: load(saved)) == MANIFESTS[change][1]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_file_of_nonsense_with_a_true_hash(name: str, saved: Path) -> None:
-    if name == "recipe.toml":
-        return
-    for data in (b"", b"nonsense", b"[]\n", b"{}\n"):
-        rewrite(saved, name, data)
-        assert code_of(lambda: load(saved)) == "SPARC503"
-
-
-def test_a_report_with_unknown_keys(saved: Path) -> None:
-    report = json.loads((saved / "report.json").read_bytes())
-    changes = (
-        {"x": 1},
-        {"sites": [{"weight": 3}]},
-        {"diagnostics": [{"code": "os.system"}]},
-        {"summary": {"latencies": []}},
-    )
-    for change in changes:
-        rewrite(saved, "report.json", json.dumps({**report, **change}).encode())
-        assert code_of(lambda: load(saved)) == "SPARC503"
-
-
-def test_times_that_are_nonsense(saved: Path) -> None:
-    (saved / "timings.json").write_text('{"seconds": [], "latencies": []}')
-    assert code_of(lambda: load(saved)) == "SPARC503"
