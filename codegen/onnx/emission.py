@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparc import codes
 from sparc.codegen.onnx.check import check_model, check_parity
+from sparc.codegen.onnx.cuda import uncovered
 from sparc.codegen.onnx.runtime import OnnxRunner, has_cuda
 from sparc.codegen.onnx.store import raw_bytes, stored_name
 from sparc.diag import ArtifactError
@@ -83,6 +84,16 @@ class OnnxEmission:
             for parity in check_parity(program, run, tensors, entry=entry, reference=reference.get(entry)):
                 found[parity.output] = parity.difference
         return found
+
+    def without_kernel(self) -> list[dict[str, str]]:
+        """What ONNX Runtime leaves to the CPU, for the CUDA flavour: `entry`, `node`, `operator` and `why`."""
+        if self.target != "onnx:cuda":
+            return []
+        return [
+            {"entry": entry, "node": each.node, "operator": each.operator, "why": each.why}
+            for entry, model in self.models.items()
+            for each in uncovered(model)
+        ]
 
     def files(self, spans: Mapping[str, Span]) -> dict[str, bytes]:
         """The model files, whose external data points into `weights.safetensors`.

@@ -10,6 +10,7 @@ from torch import fx
 from sparc.codegen.onnx.fuse.contrib import plan_contrib_attention
 from sparc.codegen.onnx.fuse.heads import put_merged, rows_of, same
 from sparc.codegen.onnx.fuse.plan import Plan
+from sparc.codegen.onnx.table.attention import counted_as_finite
 from sparc.pattern import normalized_arguments
 
 if TYPE_CHECKING:
@@ -111,18 +112,15 @@ def _operator(e: "Emitter", found: Attention, q: Any, k: Any, v: Any, **heads: A
 def additive(e: "Emitter", found: Attention, mask: fx.Node) -> ir.Value:
     """The mask as numbers to add, with a row for every query.
 
-    Where a row hides every key, torch gives zero for -inf and a plain mean for the lowest finite number; ONNX Runtime
-    gives zero for both. Half the lowest number hides as well, and counts as finite.
+    ONNX Runtime gives zero for a row that hides every key by the lowest finite number, as for -inf; torch does not.
     """
     fake, q, k = mask.meta["val"], found.q.meta["val"], found.k.meta["val"]
     dtype = q.dtype
-    lowest = torch.finfo(dtype).min
     value = e.value(mask)
     if fake.dtype == torch.bool:
         value = e.op("Where", value, e.const(0, dtype), e.const(float("-inf"), dtype))
     else:
-        value = e.cast(mask, dtype)
-        value = e.op("Where", e.op("Equal", value, e.const(lowest, dtype)), e.const(lowest / 2, dtype), value)
+        value = counted_as_finite(e, e.cast(mask, dtype), dtype)
     if same(fake.shape[-2], q.shape[2]) and same(fake.shape[-1], k.shape[2]):
         return value
     wide: ir.Value = e.op("Expand", value, [*[1] * (fake.ndim - 2), q.shape[2], k.shape[2]])

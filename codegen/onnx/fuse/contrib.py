@@ -12,7 +12,7 @@ from torch import fx
 
 from sparc.codegen.onnx.fuse.heads import put_merged, rows_of, same
 from sparc.codegen.onnx.fuse.plan import Emit, Plan
-from sparc.codegen.onnx.table.attention import penalty, visible_rows
+from sparc.codegen.onnx.table.attention import counted_as_finite, penalty, visible_rows
 
 if TYPE_CHECKING:
     from sparc.codegen.onnx.emit import Emitter
@@ -80,7 +80,7 @@ def _bias(e: "Emitter", found: "Attention", mask: fx.Node) -> tuple[ir.Value, ir
     else:
         given = e.cast(mask, dtype)
         visible = e.op("Greater", given, e.const(float("-inf"), dtype))
-        added = e.op("Max", given, e.const(torch.finfo(dtype).min / 2, dtype))
+        added = e.op("Max", counted_as_finite(e, given, dtype), e.const(0.75 * torch.finfo(dtype).min, dtype))
     lead = list(range(4 - fake.ndim))
     if lead:
         added, visible = e.op("Unsqueeze", added, lead), e.op("Unsqueeze", visible, lead)

@@ -46,7 +46,7 @@ def attention(
     else:
         given = e.cast(mask, dtype)
         visible = e.op("Greater", given, e.const(-math.inf, dtype))
-        added = e.op("Max", given, e.const(torch.finfo(dtype).min / 2, dtype))
+        added = e.op("Max", counted_as_finite(e, given, dtype), e.const(0.75 * torch.finfo(dtype).min, dtype))
     result = e.op("MatMul", e.op("Softmax", e.op("Add", scores, added), axis=-1), values)
     return e.op("Mul", result, visible_rows(e, visible, dtype))
 
@@ -71,6 +71,16 @@ def unexpanded(mask: fx.Node) -> fx.Node:
 def penalty(e: Emitter, visible: ir.Value, dtype: torch.dtype) -> ir.Value:
     """0 where a key is visible, half the least finite number elsewhere."""
     return e.op("Where", visible, e.const(0, dtype), e.const(torch.finfo(dtype).min / 2, dtype))
+
+
+def counted_as_finite(e: Emitter, bias: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """A bias whose lowest finite numbers are halved: they hide as well, and stay far from what stands for -inf.
+
+    A row hidden by them throughout gives the plain mean, as in torch; one hidden by -inf gives zero.
+    """
+    lowest = torch.finfo(dtype).min
+    found: ir.Value = e.op("Where", e.op("Equal", bias, e.const(lowest, dtype)), e.const(lowest / 2, dtype), bias)
+    return found
 
 
 def visible_rows(e: Emitter, visible: ir.Value, dtype: torch.dtype) -> ir.Value:
