@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparc.encoding.int_grid import IntGrid
@@ -14,30 +15,31 @@ TOKEN_EXTRA = 0.25
 
 @dataclass(frozen=True)
 class Errors:
-    """Noise of a group's outputs as a share of their power, under each candidate."""
+    """Noise of a group's outputs as a share of their power, averaged over rows, under each candidate."""
 
     tensor: float
     token: float
 
 
 def output_errors(batches: Sequence[Tensor], matrices: Sequence[Tensor]) -> Errors:
-    """Noise-to-signal ratio of `x @ w.T`, for a scale per tensor and per token.
+    """Mean noise-to-signal ratio of the rows of `x @ w.T`, for a scale per tensor and per token.
+
+    Every row counts the same: what follows normalises rows, and a scale per tensor harms small ones most.
 
     Args:
         batches: values of x, `[..., reduce]`; each is one tensor at run time.
         matrices: the weights that read x, `[out, reduce]`.
     """
-    noise = {PER_TENSOR: 0.0, PER_TOKEN: 0.0}
-    power = 0.0
-    gram = sum(matrix.double().T @ matrix.double() for matrix in matrices)
-    assert isinstance(gram, Tensor)
+    weights = torch.cat([matrix.double() for matrix in matrices])
+    gram = weights.T @ weights
+    found: dict[IntGrid, list[Tensor]] = {PER_TENSOR: [], PER_TOKEN: []}
     for x in batches:
-        power += energy(x, gram)
-        for spec in noise:
-            noise[spec] += energy(dequantized(x, spec) - x.float(), gram)
-    if power <= 0:
-        return Errors(0.0, 0.0)
-    return Errors(noise[PER_TENSOR] / power, noise[PER_TOKEN] / power)
+        power = row_energies(x, gram)
+        live = power > 0
+        for spec, ratios in found.items():
+            ratios.append(row_energies(dequantized(x, spec) - x.float(), gram)[live] / power[live])
+    tensor, token = (float(torch.cat(ratios).mean()) if sum(map(len, ratios)) else 0.0 for ratios in found.values())
+    return Errors(tensor, token)
 
 
 def dequantized(x: Tensor, spec: IntGrid) -> Tensor:
@@ -46,10 +48,10 @@ def dequantized(x: Tensor, spec: IntGrid) -> Tensor:
     return spec.round(x, spec.fit(x))
 
 
-def energy(x: Tensor, gram: Tensor) -> float:
-    """`|x @ w.T|²`, from the Gram matrix `w.T @ w`."""
+def row_energies(x: Tensor, gram: Tensor) -> Tensor:
+    """`[rows]`: the squared norm of each row of `x @ w.T`, from the Gram matrix `w.T @ w`."""
     rows = x.double().reshape(-1, x.shape[-1])
-    return float(((rows @ gram) * rows).sum())
+    return ((rows @ gram) * rows).sum(-1)
 
 
 def wants_token(errors: Errors, share: float, price: float) -> bool:
