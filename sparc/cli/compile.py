@@ -53,10 +53,7 @@ def compile_model(
     """Compile a model: compress it by a recipe, check every change, and save an artifact."""
     from sparc import api
 
-    if folder is None and not dry_run:
-        raise typer.BadParameter("say where to save with -o FOLDER, or add --dry-run", param_hint="--out")
-    if folder is not None:
-        check_destination(folder)
+    _check_folder(folder, dry_run)
     axes = parse_dynamic(dynamic or [])
     say(f"loading {model}")
     source = load_source(model, trust=trust)
@@ -69,14 +66,25 @@ def compile_model(
     artifact = api.compile(**arguments, **more, measure=measure)
     assert folder is not None
     saved = artifact.save(folder)
-    if save_recipe is not None:
-        files.replace_file(save_recipe, artifact.recipe_text.encode())
-    if html is not None:
-        artifact.report.to_html(html, f"{model}: {more['target']}")
+    _write_beside(artifact, save_recipe, html, f"{model}: {more['target']}")
     if as_json:
         print_json({"folder": str(folder), **artifact.report.to_json()})
     else:
         out().print(_result(artifact, saved, model, html))
+
+
+def _check_folder(folder: Path | None, dry_run: bool) -> None:
+    if folder is not None:
+        check_destination(folder)
+    elif not dry_run:
+        raise typer.BadParameter("say where to save with -o FOLDER, or add --dry-run", param_hint="--out")
+
+
+def _write_beside(artifact: Artifact, save_recipe: Path | None, html: Path | None, title: str) -> None:
+    if save_recipe is not None:
+        files.replace_file(save_recipe, artifact.recipe_text.encode())
+    if html is not None:
+        artifact.report.to_html(html, title)
 
 
 def _arguments(source: Source, recipe: str | None, axes: dict[str, dict[int, str]]) -> dict[str, Any]:
