@@ -367,4 +367,5 @@ def restore_site(before: Program, after: Program, entry: str, name: str) -> fx.N
     node = new[name]
     node.args = fx.node.map_arg(old.args, translate)
     node.kwargs = fx.node.map_arg(old.kwargs, translate)
+    after.entries[entry].infer(node)
     return node

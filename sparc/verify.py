@@ -43,7 +43,7 @@ def snr_db(reference: Tensor, other: Tensor) -> float:
     signal = float(reference.double().square().sum())
     if noise == 0:
         return math.inf
-    if math.isnan(noise) or signal == 0:
+    if not math.isfinite(noise) or signal == 0:
         return -math.inf
     return 10 * math.log10(signal / noise)
 
