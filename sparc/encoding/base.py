@@ -113,9 +113,9 @@ class ElementEncoding(Encoding):
     def round(self, weight: Tensor, grid: Grid) -> Tensor:
         """The values of the nearest codes, rounded again until they are stable.
 
-        The first time is enough but where floats are as sparse as the grid (a large minimum, bfloat16 weights): there,
-        the float nearest to a value may be nearer to the next value. Both roundings are monotone, so a few more steps
-        end at a fixed point.
+        The first time is enough but where floats are sparser than the grid (a large minimum, bfloat16 weights) and the
+        weight was clipped: then the float nearest to a value may be nearer to the next value. Both roundings are
+        monotone, so a few more steps end at a fixed point.
         """
         rounded = self.values(self.codes(weight, grid.tensors), grid.tensors, weight.dtype)
         for _ in range(_MAX_ROUNDS):

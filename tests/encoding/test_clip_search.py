@@ -68,6 +68,18 @@ def test_as_good_as_trying_every_scale():
     assert float(found.sum()) <= 1.01 * float(best.sum())
 
 
+@pytest.mark.parametrize("kind", [(True, "integer"), (False, "integer"), (False, "minimum")])
+def test_no_other_scale_or_minimum_fits_the_codes_better(kind):
+    weight, spec = weights(64, 32), IntGrid(4, 32, *kind)
+    grid = spec.fit(weight, search=True)
+    codes = spec.codes(weight, grid.tensors).double() - grid.tensors.get("zero", torch.zeros(1)).double()
+    columns = [codes, torch.ones_like(codes)] if "minimum" in grid.tensors else [codes]
+    system = torch.stack(columns, dim=-1)
+    best = system @ torch.linalg.lstsq(system, weight.double().unsqueeze(-1)).solution
+    least = (best.squeeze(-1) - weight).square().sum()
+    assert float(errors(spec, weight, grid).sum()) <= 1.005 * float(least)
+
+
 def hidden_grid(kind):
     """Weights on a 4-bit grid whose outermost codes are not used, so that min-max misses it."""
     codes = torch.randint(3, 12, (8, 4, 16), generator=torch.Generator().manual_seed(0))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparc.diag import PassError
+from sparc.encoding.grid import Grid
 from sparc.encoding.int_grid import IntGrid
 
 KINDS = [(True, "integer"), (False, "integer"), (False, "minimum")]
@@ -189,6 +190,15 @@ def test_rounding_is_stable_where_floats_are_as_sparse_as_the_grid(seed, dtype):
     rounded = spec.round(weight, grid)
     assert torch.equal(spec.round(rounded, grid), rounded)
     assert torch.equal(spec.decode(spec.encode(rounded, grid), (32, 16), dtype), rounded)
+
+
+def test_a_clipped_value_whose_float_is_nearer_to_another_value_is_rounded_on():
+    spec, eps = IntGrid(4, "channel", symmetric=False, zero="minimum"), torch.finfo(torch.bfloat16).eps
+    step, top = 0.8 * eps, 1 + 0.45 * eps  # the top value is stored as 1, and 1 is nearer to the value below the top
+    tensors = {"scale": torch.tensor([[step]]), "minimum": torch.tensor([[top - 15 * step]])}
+    rounded = spec.round(torch.tensor([[1.5]], dtype=torch.bfloat16), Grid(spec, tensors))
+    assert rounded.item() == 1 - eps / 2
+    assert torch.equal(spec.decode(spec.encode(rounded, Grid(spec, tensors)), (1, 1), torch.bfloat16), rounded)
 
 
 def test_columns_without_importance_do_not_widen_the_range():
