@@ -46,12 +46,17 @@ class ChannelClass:
 
 
 class Classes:
-    """The channel classes of one graph."""
+    """The channel classes of one graph.
+
+    Attributes:
+        closed: products whose input belongs to no class, and why.
+    """
 
     def __init__(self, program: Program, graph: fx.Graph) -> None:
         """Args: the program, and one of its graphs."""
         self._program = program
         self._of: dict[fx.Node, tuple[ChannelClass, int]] = {}
+        self.closed: dict[fx.Node, str] = {}
         for node in graph.nodes:
             self._visit(node)
 
@@ -87,6 +92,8 @@ class Classes:
             found[0].readers.append(node)
         else:
             self._freeze(node, [x])  # type: ignore[list-item]
+            writer = getattr(packet(x), "__name__", x.op)  # type: ignore[arg-type, union-attr]
+            self.closed[node] = f"{writer}, which writes it, does not commute with factors"
         self._start(node, axis)
 
     def _start(self, node: fx.Node, axis: int) -> None:

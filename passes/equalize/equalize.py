@@ -74,7 +74,10 @@ class Equalize(Pass):
     def _classes(self, program: Program, context: PassContext) -> Iterator[ChannelClass]:
         selected = {use.node for site in context.sites(program) for use in site.uses}
         for entry in program.entries.values():
-            for found in Classes(program, entry.graph):
+            classes = Classes(program, entry.graph)
+            for reader in (node for node in classes.closed if node in selected):
+                context.skip(reader, f"its input cannot be rescaled: {classes.closed[reader]}")
+            for found in classes:
                 if not selected.intersection(found.readers):
                     continue
                 if found.frozen:
