@@ -13,11 +13,14 @@ def extension() -> Extension:
     from sparc.encoding.dense import Dense
     from sparc.encoding.int_grid import IntGrid
     from sparc.encoding.nm import NM
+    from sparc.passes.activation.correct import CorrectBias
     from sparc.passes.activation.dynamic import QuantizeActivations
+    from sparc.passes.activation.pairs import CancelPairs
     from sparc.passes.activation.static import CalibrateActivations
     from sparc.passes.canonicalize import Canonicalize
     from sparc.passes.clean import RemoveDead
     from sparc.passes.encode import Encode
+    from sparc.passes.equalize.equalize import Equalize
     from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
     from sparc.passes.prune import Prune
     from sparc.passes.recipes import recipes
@@ -25,5 +28,6 @@ def extension() -> Extension:
 
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
-    passes = (*exact, Prune, Round, QuantizeActivations, CalibrateActivations, Encode)
+    activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
+    passes = (*exact, Equalize, Prune, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=(Dense, IntGrid, NM, Blocks), recipes=recipes())

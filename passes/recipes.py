@@ -4,6 +4,7 @@ from sparc.encoding.blocks import Blocks
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
 from sparc.pass_base import Pass
+from sparc.passes.activation.correct import CorrectBias
 from sparc.passes.activation.dynamic import QuantizeActivations
 from sparc.passes.activation.static import CalibrateActivations
 from sparc.passes.canonicalize import Canonicalize
@@ -35,7 +36,7 @@ def recipes() -> dict[str, Recipe]:
     - `w4`: weights in 4 bits per group of 32, embeddings (and a head tied to one) in 8.
     - `w8a8`: weights in 8 bits, activations quantized as they come, per tensor or per token, whichever pays at each
     site.
-    - `w8a8-static`: weights and activations in 8 bits, ranges calibrated on data.
+    - `w8a8-static`: weights and activations in 8 bits, ranges calibrated on data, biases corrected.
     - `sparse24-w8`: two of every four weights, in 8 bits; embeddings only rounded.
     - `blocks64-w8`: half of the blocks of 64×64, in 8 bits; embeddings only rounded.
     """
@@ -44,7 +45,7 @@ def recipes() -> dict[str, Recipe]:
         "w8": _recipe("w8", Round(INT8)),
         "w4": _recipe("w4", Round(INT4, search=True), Step(Round(INT8), where="@embedding")),
         "w8a8": _recipe("w8a8", Round(INT8), QuantizeActivations()),
-        "w8a8-static": _recipe("w8a8-static", Round(INT8), CalibrateActivations()),
+        "w8a8-static": _recipe("w8a8-static", Round(INT8), CalibrateActivations(), CorrectBias()),
         "sparse24-w8": _recipe("sparse24-w8", Prune(NM(2, 4)), Round(INT8)),
         "blocks64-w8": _recipe("blocks64-w8", Prune(Blocks((64, 64)), density=0.5), Round(INT8)),
     }
