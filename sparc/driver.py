@@ -70,8 +70,8 @@ class Driver:
         row = PassRow(str(step), where, str(step.contract), context.edits, bytes_before=before.weights.nbytes)
         row.skips = list(context.skips) if remarks else []
         row.changed = count_changes(before, after)
+        check_types(step, before, after)  # always: moving a node changes no fingerprint, but may come before its inputs
         if row.changed:
-            check_types(step, before, after)
             if self.verify != "types":
                 row.measured = self._check(step, before, after, context)
             self._note_dropped_grids(before, after, step)
