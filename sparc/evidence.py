@@ -110,9 +110,23 @@ def summarize(
         stored + sum(kernel.resident_bytes for kernel in emission.kernels.values()) - _carried_bytes(program, emission)
     )
     summary = Summary(target, "synthetic" if samples.synthetic else "held out", dense_bytes, stored, resident)
-    summary.errors = output_errors(names, expected, run_all(emission.runner(entry), batches))
+    actual = run_all(emission.runner(entry), batches)
+    check_finite(names, expected, actual)
+    summary.errors = output_errors(names, expected, actual)
     summary.parity = parity
     return summary
+
+
+def check_finite(names: Sequence[str], expected: Sequence[Sequence[Any]], actual: Sequence[Sequence[Any]]) -> None:
+    """Where the captured model's output is finite, the artifact's is too.
+
+    Raises:
+        VerifyError: SPARC305.
+    """
+    for before, after in zip(expected, actual, strict=True):
+        for name, a, b in zip(names, before, after, strict=True):
+            if isinstance(b, Tensor) and bool(torch.isfinite(a).all()) and not bool(torch.isfinite(b).all()):
+                raise VerifyError(codes.NOT_FINITE, f"output {name!r} is not finite any more")
 
 
 def _carried_bytes(program: Program, emission: Emission) -> int:

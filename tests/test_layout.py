@@ -82,10 +82,10 @@ def test_links_make_one_package_of_three_folders() -> None:
 
 
 def test_package_data_is_shipped() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["sparc"]
-    for folder, package in SOURCES.items():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]
+    for folder in SOURCES:
         for path in walk(ROOT / folder):
-            inside = PROJECT["tool"]["setuptools"]["package-data"].get(package, []) + patterns * (package == "sparc")
+            inside = patterns.get(module_of(path.parent / "__init__.py"), [])
             assert path.suffix == ".py" or any(path.match(pattern) for pattern in inside), f"{path} is not shipped"
 
 
