@@ -126,6 +126,16 @@ def test_more_keys_than_queries_and_wider_values(flavour: str) -> None:
     assert_agrees(program, emission, inputs)
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_one_key_head_for_all(flavour: str) -> None:
+    """Torch broadcasts a single head without being asked for groups."""
+    inputs = [torch.randn(2, 4, 3, 8), torch.randn(2, 1, 6, 8), torch.randn(2, 1, 6, 8)]
+    program = capture(Crossed(), tuple(inputs))
+    emission = emit(program, flavour)
+    assert_agrees(program, emission, inputs)
+    assert ("Attention" in operators(emission)) == (flavour == "cpu")
+
+
 def test_attention_without_batch_or_in_float64_stays_plain() -> None:
     for inputs in ([torch.randn(4, 3, 8)] * 3, [torch.randn(2, 4, 3, 8, dtype=torch.float64)] * 3):
         program = capture(Crossed(), tuple(each.clone() for each in inputs))
@@ -172,3 +182,27 @@ def test_equal_programs_give_equal_bytes() -> None:
     model = Attending(4, 2, is_causal=True).eval()
     made = [emit(capture(model, (x,), dynamic=LENGTHS), "cpu").models["forward"] for _ in range(2)]
     assert made[0].SerializeToString(deterministic=True) == made[1].SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_half_precision_for_cuda(kv_heads: int) -> None:
+    """Fused in half precision, grouped heads too; without the provider the same file runs on the CPU."""
+    x = torch.randn(3, 5, 32).half()
+    program = capture(Attending(4, kv_heads, is_causal=True).half().eval(), (x,), dynamic=LENGTHS)
+    emission = emit(program, "cuda")
+    check_model(emission.models["forward"])
+    assert_agrees(program, emission, [x], 2e-3)
+    assert ("MultiHeadAttention" if kv_heads == 4 else "GroupQueryAttention") in operators(emission)
+    sizes = [row["why"] for row in emission.without_kernel()]
+    assert all("computes sizes" in why for why in sizes)
+
+
+def test_what_has_no_cuda_kernel_is_named() -> None:
+    _, emission = emitted(Residual(), torch.randn(2, 3, 16), "cuda", {"x": {0: "batch"}})
+    assert emission.without_kernel() == []
+    model = emission.models["forward"]
+    node = next(each for each in model.graph.node if each.op_type == "MatMul")
+    node.op_type, node.domain = "DynamicQuantizeMatMul", "com.microsoft"
+    model.opset_import.add(domain="com.microsoft", version=1)
+    first = emission.without_kernel()[0]
+    assert (first["operator"], first["why"]) == ("DynamicQuantizeMatMul", "the CUDA provider has no kernel for it")

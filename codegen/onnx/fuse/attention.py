@@ -59,7 +59,8 @@ def find_attention(node: fx.Node) -> Attention | None:
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
         return None
     batches = all(same(shape[0], shapes[0][0]) for shape in shapes)
-    if not batches or not same(shapes[2][1], kv_heads) or (heads != kv_heads and not given["enable_gqa"]):
+    grouped = given["enable_gqa"] or kv_heads in (1, heads)
+    if not batches or not same(shapes[2][1], kv_heads) or not grouped:
         return None
     if mask is not None and not _fits(mask.meta["val"].shape, (*shapes[0][:3], shapes[1][2])):
         return None
