@@ -11,12 +11,33 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
+
+from tests.architecture_inputs import (
+    batch_inputs,
+    causal_inputs,
+    clip_inputs,
+    image_inputs,
+    pair_inputs,
+    plain_inputs,
+    spectrogram_inputs,
+    speech_inputs,
+    text_inputs,
+    wave_inputs,
+    whisper_inputs,
+)
 
 TEXT = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -25,8 +46,7 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
-TWO = {0: "batch", 1: "seq"}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 
 
 @dataclass(frozen=True)
@@ -75,86 +95,6 @@ class Architecture:
         return Built(model, inputs, dynamic)
 
 
-def _ids(batch: int = 2, length: int = 7) -> Tensor:
-    return torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def _padded(ids: Tensor) -> Tensor:
-    mask = torch.ones_like(ids)
-    mask[-1, -2:] = 0
-    return mask
-
-
-def text_inputs(config: Any) -> Any:
-    """Token ids and a padding mask."""
-    ids = _ids()
-    return {"input_ids": ids, "attention_mask": _padded(ids)}, {"input_ids": TWO, "attention_mask": TWO}
-
-
-def causal_inputs(config: Any) -> Any:
-    """Token ids; no cache."""
-    return {"input_ids": _ids(), "use_cache": False}, {"input_ids": TWO}
-
-
-def plain_inputs(config: Any) -> Any:
-    """Token ids only."""
-    return {"input_ids": _ids()}, {"input_ids": TWO}
-
-
-def batch_inputs(config: Any) -> Any:
-    """Token ids of a fixed length: the model walks over them in Python."""
-    return {"input_ids": _ids(), "use_cache": False}, {"input_ids": {0: "batch"}}
-
-
-def pair_inputs(config: Any) -> Any:
-    """Token ids for the encoder and the decoder."""
-    inputs = {"input_ids": _ids(), "decoder_input_ids": _ids(length=5), "use_cache": False}
-    return inputs, {"input_ids": {0: "batch", 1: "source"}, "decoder_input_ids": {0: "batch", 1: "target"}}
-
-
-def image_inputs(config: Any) -> Any:
-    """Images `[batch, 3, size, size]`."""
-    size = getattr(config, "image_size", None) or 32
-    size = size if isinstance(size, int) else size[0]
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    return {"pixel_values": pixels}, {"pixel_values": {0: "batch"}}
-
-
-def wave_inputs(config: Any) -> Any:
-    """Sound `[batch, samples]`."""
-    wave = torch.randn(2, 1600, generator=torch.Generator().manual_seed(1))
-    return {"input_values": wave}, {"input_values": {0: "batch"}}
-
-
-def whisper_inputs(config: Any) -> Any:
-    """Log-mel features for the encoder, token ids for the decoder."""
-    features = torch.randn(
-        2, config.num_mel_bins, 2 * config.max_source_positions, generator=torch.Generator().manual_seed(1)
-    )
-    inputs = {"input_features": features, "decoder_input_ids": _ids(length=5), "use_cache": False}
-    return inputs, {"input_features": {0: "batch"}, "decoder_input_ids": {0: "batch", 1: "target"}}
-
-
-def speech_inputs(config: Any) -> Any:
-    """Features `[batch, time, bins]` for the encoder, token ids for the decoder."""
-    features = torch.randn(2, 32, config.input_feat_per_channel, generator=torch.Generator().manual_seed(1))
-    inputs = {"input_features": features, "decoder_input_ids": _ids(length=5), "use_cache": False}
-    return inputs, {"input_features": {0: "batch"}, "decoder_input_ids": {0: "batch", 1: "target"}}
-
-
-def spectrogram_inputs(config: Any) -> Any:
-    """Spectrograms `[batch, time, bins]`."""
-    values = torch.randn(2, config.max_length, config.num_mel_bins, generator=torch.Generator().manual_seed(1))
-    return {"input_values": values}, {"input_values": {0: "batch"}}
-
-
-def clip_inputs(config: Any) -> Any:
-    """Texts and images."""
-    text, text_dynamic = text_inputs(config)
-    images, _ = image_inputs(config.vision_config)
-    return {**text, **images}, {**text_dynamic, "pixel_values": {0: "images"}}
-
-
 def _encoder(model_type: str, **options: Any) -> Architecture:
     return Architecture("encoder", model_type, "AutoModel", text_inputs, {**TEXT, **options})
 
@@ -169,9 +109,21 @@ def _experts(model_type: str, **options: Any) -> Architecture:
 
 
 def _pair(model_type: str, **options: Any) -> Architecture:
-    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-             "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
-             "eos_token_id": 2, "decoder_start_token_id": 2}  # fmt: skip
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+    }
     return Architecture("encoder-decoder", model_type, "AutoModelForSeq2SeqLM", pair_inputs, {**sizes, **options})
 
 
@@ -194,9 +146,19 @@ def _vision(model_type: str, **options: Any) -> Architecture:
 
 
 def _wave(model_type: str, **options: Any) -> Architecture:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "conv_dim": (16, 16, 16),
-             "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2), "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 8,
-             "num_conv_pos_embedding_groups": 2, "vocab_size": 32}  # fmt: skip
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "conv_dim": (16, 16, 16),
+        "conv_kernel": (10, 3, 3),
+        "conv_stride": (5, 2, 2),
+        "num_feat_extract_layers": 3,
+        "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 2,
+        "vocab_size": 32,
+    }
     return Architecture("speech", model_type, "AutoModel", wave_inputs, {**sizes, **options})
 
 
@@ -210,13 +172,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deberta-v2": _encoder("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
     "mpnet": _encoder("mpnet"),
     "convbert": _encoder("convbert", embedding_size=32),
-    "squeezebert": _encoder("squeezebert", embedding_size=32, q_groups=2, k_groups=2, v_groups=2, post_attention_groups=1, intermediate_groups=2,
-                            output_groups=2),
+    "squeezebert": _encoder(
+        "squeezebert",
+        embedding_size=32,
+        q_groups=2,
+        k_groups=2,
+        v_groups=2,
+        post_attention_groups=1,
+        intermediate_groups=2,
+        output_groups=2,
+    ),
     "roformer": _encoder("roformer", embedding_size=32),
     "modernbert": _encoder("modernbert", local_attention=8, global_attn_every_n_layers=2),
     "esm": _encoder("esm", position_embedding_type="rotary", mask_token_id=4),
     "fnet": Architecture("encoder", "fnet", "AutoModel", plain_inputs, TEXT),
-    "mobilebert": _encoder("mobilebert", embedding_size=32, intra_bottleneck_size=32, true_hidden_size=32, num_feedforward_networks=2),
+    "mobilebert": _encoder(
+        "mobilebert", embedding_size=32, intra_bottleneck_size=32, true_hidden_size=32, num_feedforward_networks=2
+    ),
     # decoders
     "gpt2": _decoder("gpt2"),
     "gpt_neo": _decoder("gpt_neo", attention_types=[[["global", "local"], 1]], num_layers=2, window_size=4),
@@ -243,7 +215,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": _decoder("granite", **GROUPED),
     "smollm3": _decoder("smollm3", num_key_value_heads=2),
     "glm": _decoder("glm", **GROUPED),
-    "mamba": Architecture("decoder", "mamba", "AutoModelForCausalLM", batch_inputs, {**TEXT, "state_size": 4, "expand": 2, "time_step_rank": 4}),
+    "mamba": Architecture(
+        "decoder",
+        "mamba",
+        "AutoModelForCausalLM",
+        batch_inputs,
+        {**TEXT, "state_size": 4, "expand": 2, "time_step_rank": 4},
+    ),
     # mixtures of experts
     "mixtral": _experts("mixtral"),
     "qwen2_moe": _experts("qwen2_moe", shared_expert_intermediate_size=16),
@@ -260,38 +238,116 @@ ARCHITECTURES: dict[str, Architecture] = {
     "marian": _pair("marian", decoder_vocab_size=96),
     "m2m_100": _pair("m2m_100"),
     "blenderbot": _pair("blenderbot"),
-    "whisper": Architecture("speech", "whisper", "AutoModel", whisper_inputs, {
-        **_pair("bart").options, "num_mel_bins": 16, "max_source_positions": 12, "max_target_positions": 16,
-        "suppress_tokens": None}),
-    "speech_to_text": Architecture("speech", "speech_to_text", "AutoModel", speech_inputs, {
-        **_pair("bart").options, "max_source_positions": 40, "max_target_positions": 16, "input_feat_per_channel": 16,
-        "conv_channels": 32}),
+    "whisper": Architecture(
+        "speech",
+        "whisper",
+        "AutoModel",
+        whisper_inputs,
+        {
+            **_pair("bart").options,
+            "num_mel_bins": 16,
+            "max_source_positions": 12,
+            "max_target_positions": 16,
+            "suppress_tokens": None,
+        },
+    ),
+    "speech_to_text": Architecture(
+        "speech",
+        "speech_to_text",
+        "AutoModel",
+        speech_inputs,
+        {
+            **_pair("bart").options,
+            "max_source_positions": 40,
+            "max_target_positions": 16,
+            "input_feat_per_channel": 16,
+            "conv_channels": 32,
+        },
+    ),
     # vision
     "vit": _vision("vit", **VISION),
     "deit": _vision("deit", **VISION),
     "beit": _vision("beit", **VISION),
     "dinov2": _vision("dinov2", **VISION),
     "swin": _vision("swin", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
-    "swinv2": _vision("swinv2", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
+    "swinv2": _vision(
+        "swinv2", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
+    ),
     "convnext": _vision("convnext", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
     "convnextv2": _vision("convnextv2", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
     "resnet": _vision("resnet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], layer_type="bottleneck"),
     "regnet": _vision("regnet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], groups_width=8),
     "mobilenet_v2": _vision("mobilenet_v2", depth_multiplier=0.35, image_size=32),
-    "efficientnet": _vision("efficientnet", width_coefficient=0.25, depth_coefficient=0.25, image_size=32, hidden_dim=320),
-    "segformer": _vision("segformer", num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[8, 16], num_attention_heads=[1, 2], sr_ratios=[2, 1],
-                         patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2], image_size=32),
-    "poolformer": _vision("poolformer", depths=[1, 1], hidden_sizes=[8, 16], patch_sizes=[7, 3], strides=[4, 2], padding=[2, 1], num_encoder_blocks=2),
-    "mobilevit": _vision("mobilevit", image_size=64, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32]),
+    "efficientnet": _vision(
+        "efficientnet", width_coefficient=0.25, depth_coefficient=0.25, image_size=32, hidden_dim=320
+    ),
+    "segformer": _vision(
+        "segformer",
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        hidden_sizes=[8, 16],
+        num_attention_heads=[1, 2],
+        sr_ratios=[2, 1],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        mlp_ratios=[2, 2],
+        image_size=32,
+    ),
+    "poolformer": _vision(
+        "poolformer",
+        depths=[1, 1],
+        hidden_sizes=[8, 16],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        padding=[2, 1],
+        num_encoder_blocks=2,
+    ),
+    "mobilevit": _vision(
+        "mobilevit", image_size=64, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32]
+    ),
     # speech
     "wav2vec2": _wave("wav2vec2"),
     "hubert": _wave("hubert"),
     "wavlm": _wave("wavlm", num_buckets=16, max_bucket_distance=32),
-    "audio-spectrogram-transformer": Architecture("speech", "audio-spectrogram-transformer", "AutoModel", spectrogram_inputs, {
-        **{key: VISION[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "patch_size")}, "max_length": 32, "num_mel_bins": 16, "frequency_stride": 8, "time_stride": 8}),
+    "audio-spectrogram-transformer": Architecture(
+        "speech",
+        "audio-spectrogram-transformer",
+        "AutoModel",
+        spectrogram_inputs,
+        {
+            **{
+                key: VISION[key]
+                for key in (
+                    "hidden_size",
+                    "intermediate_size",
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "patch_size",
+                )
+            },
+            "max_length": 32,
+            "num_mel_bins": 16,
+            "frequency_stride": 8,
+            "time_stride": 8,
+        },
+    ),
     # two towers
-    "clip": Architecture("multimodal", "clip", "AutoModel", clip_inputs, {
-        "text_config": {**TEXT, "projection_dim": 16}, "vision_config": {**VISION, "projection_dim": 16}, "projection_dim": 16}),
-    "siglip": Architecture("multimodal", "siglip", "AutoModel", clip_inputs, {"text_config": {**TEXT, "projection_size": 32}, "vision_config": VISION}),
-}  # fmt: skip
+    "clip": Architecture(
+        "multimodal",
+        "clip",
+        "AutoModel",
+        clip_inputs,
+        {
+            "text_config": {**TEXT, "projection_dim": 16},
+            "vision_config": {**VISION, "projection_dim": 16},
+            "projection_dim": 16,
+        },
+    ),
+    "siglip": Architecture(
+        "multimodal",
+        "siglip",
+        "AutoModel",
+        clip_inputs,
+        {"text_config": {**TEXT, "projection_size": 32}, "vision_config": VISION},
+    ),
+}
