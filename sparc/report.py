@@ -6,9 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
-from sparc import files, report_html, report_text
+from sparc import files, report_text
 from sparc.diag import Diagnostic
 from sparc.ledger import Ledger
+from sparc.report_html import page
 from sparc.serialize.records import finite
 
 
@@ -40,7 +41,7 @@ class Report:
 
     def html(self, title: str = "sparc report") -> str:
         """The report as one page without external parts."""
-        return report_html.page(self.ledger, self.diagnostics, title)
+        return page(self.ledger, self.diagnostics, title)
 
     def to_html(self, path: str | Path, title: str = "sparc report") -> Path:
         """Write the page, whole or not at all.
