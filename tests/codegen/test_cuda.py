@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparc.capture import capture
 from sparc.codegen.onnx.cuda import kernel_table, uncovered
 from sparc.encoding.int_grid import IntGrid
-from tests.codegen.emitting import assert_agrees, emit
+from tests.codegen.emitting import assert_agrees, emit, operators
 from tests.codegen.encoding import encode_weights, quantize_input
 
 
@@ -94,6 +94,9 @@ def test_every_node_runs_on_cuda(grid: IntGrid | None) -> None:
     program = encode_weights(program, grid) if grid is not None else program
     emission = emit(program, "cuda")
     assert uncovered(emission.models["forward"]) == []
+    assert "MultiHeadAttention" in operators(emission)
+    mask[1, 4:] = 0
+    mask[2] = 0
     assert_agrees(program, emission, [ids, mask], 1e-5)
     assert_agrees(program, emission, [ids[:2, :4].contiguous(), mask[:2, :4].contiguous()], 1e-5)
 
@@ -106,3 +109,36 @@ def test_dynamic_quantization_runs_on_cuda() -> None:
     for kind in ("tensor", "token"):
         emission = emit(quantize_input(program, kind), "cuda")
         assert uncovered(emission.models["forward"]) == []
+
+
+def test_half_precision_runs_on_cuda_and_agrees_here() -> None:
+    ids, mask = torch.randint(0, 20, (3, 7)), torch.ones(3, 7, dtype=torch.int64)
+    program = encode_weights(capture(Masked().half(), (ids, mask), dynamic=DYNAMIC), IntGrid(4, 16))
+    emission = emit(program, "cuda")
+    assert uncovered(emission.models["forward"]) == []
+    assert_agrees(program, emission, [ids, mask], 5e-3)
+
+
+class Causal(nn.Module):
+    """Causal attention and a mask of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        q = self.q(x).view(*x.shape[:2], 4, 4).transpose(1, 2)
+        attention = nn.functional.scaled_dot_product_attention
+        causal, biased = attention(q, q, q, is_causal=True), attention(q, q, q, bias, scale=0.3)
+        return causal.transpose(1, 2).flatten(2), biased.transpose(1, 2).reshape(x.shape)
+
+
+def test_causal_and_biased_attention() -> None:
+    x = torch.randn(2, 5, 16)
+    hidden = torch.zeros(2, 1, 5, 5)
+    hidden[1, 0, 2] = -torch.inf
+    for bias in (torch.randn(5, 5), torch.randn(2, 4, 5, 5), torch.randn(1, 1, 5, 5), hidden):
+        program = capture(Causal(), (x, bias))
+        emission = emit(program, "cuda")
+        assert operators(emission).count("MultiHeadAttention") == 2
+        assert_agrees(program, emission, [x, bias], 1e-5)

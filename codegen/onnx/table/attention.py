@@ -39,16 +39,18 @@ def attention(
         scores = e.op("Add", scores, penalty(e, causality(e, q, k), dtype))
     if attn_mask is None:
         return e.op("MatMul", e.op("Softmax", scores, axis=-1), values)
-    mask = unexpanded(attn_mask)
-    if mask.meta["val"].dtype == torch.bool:
-        visible = e.value(mask)
-        added = penalty(e, visible, dtype)
-    else:
-        given = e.cast(mask, dtype)
-        visible = e.op("Greater", given, e.const(-math.inf, dtype))
-        added = e.op("Max", counted_as_finite(e, given, dtype), e.const(0.75 * torch.finfo(dtype).min, dtype))
+    visible, added = mask_terms(e, unexpanded(attn_mask), dtype)
     result = e.op("MatMul", e.op("Softmax", e.op("Add", scores, added), axis=-1), values)
     return e.op("Mul", result, visible_rows(e, visible, dtype))
+
+
+def mask_terms(e: Emitter, mask: fx.Node, dtype: torch.dtype) -> tuple[ir.Value, ir.Value]:
+    """Which keys a mask shows, as booleans; and what to add to the scores, all of it finite."""
+    if mask.meta["val"].dtype == torch.bool:
+        return e.value(mask), penalty(e, e.value(mask), dtype)
+    given = e.cast(mask, dtype)
+    visible = e.op("Greater", given, e.const(-math.inf, dtype))
+    return visible, e.op("Max", counted_as_finite(e, given, dtype), e.const(0.75 * torch.finfo(dtype).min, dtype))
 
 
 def causality(e: Emitter, q: fx.Node, k: fx.Node) -> ir.Value:
