@@ -41,7 +41,8 @@ def _tanh(op: Operators, x: Any) -> Any:
     cube = op.either(op.pow(x, 3), op.mul(op.mul(x, x), x), op.mul(op.pow(x, 2), x))
     inner = op.add(x, op.mul(cube, _CUBIC))
     factored = op.mul(x, op.add(op.mul(op.either(op.pow(x, 2), op.mul(x, x)), _CUBIC), 1))
-    mixed = op.mul(op.mul(x, root), op.add(op.mul(op.mul(x, _CUBIC), x), 1))
+    rounded = op.either(root, 0.79788456)  # as BLOOM writes it; 1e-9 off, which moves the result by less
+    mixed = op.mul(op.mul(x, rounded), op.add(op.mul(op.mul(x, _CUBIC), x), 1))
     return op.add(op.tanh(op.either(op.mul(op.either(inner, factored), root), mixed)), 1)
 
 
