@@ -46,7 +46,8 @@ def convolution(e: Emitter, node: fx.Node) -> ir.Value | None:
     w = int_matrix(e, weight) if weight is not None else None
     if weight is None or w is None or w.grid.bits != 8 or not w.per_channel or w.grid.zero != "integer":
         return None
-    x = match_activation(node.args[0])
+    source, pads = _unpadded(node)
+    x = match_activation(source)
     if x.kind != "static":
         return None
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
@@ -56,7 +57,29 @@ def convolution(e: Emitter, node: fx.Node) -> ir.Value | None:
     shift = None if bias is None else _integer_bias(e, x, w, bias) if fused else e.value(bias)
     operator = "QLinearConv" if fused else "DequantizeLinear, Conv"
     e.carry(weight.site, KernelUse(operator, w.code_bytes + w.grid_bytes))
-    return convolve(e, node, node.args[0], dense, shift, conv_attributes(node))
+    attributes = conv_attributes(node)
+    attributes["pads"] = [own + more for own, more in zip(attributes["pads"], pads, strict=True)]
+    return convolve(e, node, source, dense, shift, attributes)
+
+
+def _unpadded(node: fx.Node) -> tuple[Any, list[int]]:
+    """What a convolution reads, behind zero padding of its spatial axes, and that padding: befores, then afters."""
+    x: Any = node.args[0]
+    rank = node.meta["val"].ndim - 2
+    nothing = [0] * len(conv_attributes(node)["pads"])
+    if not isinstance(x, fx.Node) or str(x.target) not in ("aten.pad.default", "aten.constant_pad_nd.default"):
+        return x, nothing
+    widths: Any = x.args[1]
+    fills = [fill for fill in x.args[2:] if fill != "constant"]
+    if (
+        any(fills)
+        or len(nothing) != 2 * rank
+        or len(widths) > 2 * rank
+        or not all(isinstance(width, int) and width >= 0 for width in widths)
+    ):
+        return x, nothing
+    filled = [*widths, *[0] * (2 * rank - len(widths))]
+    return x.args[0], [*filled[0::2][::-1], *filled[1::2][::-1]]
 
 
 def _kernel(w: IntMatrix) -> ir.Value:
