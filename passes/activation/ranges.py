@@ -72,22 +72,37 @@ def entropy_range(counts: Tensor, low: float, high: float) -> Range:
     """
     bins = counts.numel()
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
-    centre = int(torch.searchsorted(edges, torch.tensor(0.0, dtype=torch.float64)).clamp(0, bins))
+    centre = int(torch.searchsorted(edges, torch.tensor(0.0, dtype=torch.float64), right=True).clamp(1, bins)) - 1
     best, least = (0, bins), float("inf")
     for step in range(_ENTROPY_CANDIDATES + 1):
         keep = step / _ENTROPY_CANDIDATES
         first, last = round(centre * (1 - keep)), round(centre + (bins - centre) * keep)
         if last - first < 2 * LEVELS:
             continue
-        found = divergence(counts, first, last)
+        found = divergence(counts, first, last, min(centre, bins - 1))
         if found <= least:
             best, least = (first, last), found
     return min(0.0, float(edges[best[0]])), max(0.0, float(edges[best[1]]))
 
 
-def divergence(counts: Tensor, first: int, last: int) -> float:
-    """Kullback-Leibler divergence (nats) of the histogram clipped to bins `[first, last)` from its 256-level form."""
-    inside = counts[first:last].double()
+def divergence(counts: Tensor, first: int, last: int, zero: int = 0) -> float:
+    """Kullback-Leibler divergence (nats) of the histogram clipped to bins `[first, last)` from its 256-level form.
+
+    Many values are often exactly 0, or exactly where an operator clips. The grid represents those exactly, so such a
+    spike in the bin of zero, or in an end bin of the histogram, is levelled to its neighbours before the comparison:
+    spread over a level it would look like an error that grows with the range. (TensorRT does so for the bin of zero.)
+
+    Args:
+        counts: `[bins]`.
+        first: the first bin inside.
+        last: the bin after the last one inside.
+        zero: the bin that holds 0.
+    """
+    inside = counts[first:last].double().clone()
+    for exact in {zero, 0, counts.numel() - 1}:
+        if first <= exact < last:
+            near = [float(counts[bin_]) for bin_ in (exact - 1, exact + 1) if first <= bin_ < last]
+            inside[exact - first] = min(float(counts[exact]), sum(near) / len(near))
     reference = inside.clone()
     reference[0] += counts[:first].sum()
     reference[-1] += counts[last:].sum()

@@ -83,11 +83,11 @@ def test_mse_clips_an_outlier_and_keeps_a_flat_range() -> None:
 def test_divergence_by_hand() -> None:
     """512 bins, two to a level: unequal pairs are averaged, the clipped count lies in the last bin of the reference."""
     counts = torch.ones(513, dtype=torch.float64)
-    counts[0], counts[512] = 3.0, 4.0
+    counts[2], counts[512] = 3.0, 4.0
     p = torch.ones(512, dtype=torch.float64)
-    p[0], p[511] = 3.0, 5.0
+    p[2], p[511] = 3.0, 5.0
     q = torch.ones(512, dtype=torch.float64)
-    q[0] = q[1] = 2.0
+    q[2] = q[3] = 2.0
     p, q = p / p.sum(), q / q.sum()
     assert divergence(counts, 0, 512) == pytest.approx(float((p * (p / q).log()).sum()))
 
@@ -106,6 +106,13 @@ def test_entropy_is_the_best_of_its_candidates() -> None:
     best = min((divergence(counts, 0, last), -last) for last in ends if last >= 512)
     assert found == (0.0, pytest.approx(low + (high - low) * -best[1] / 2048))
     assert found[1] < 29
+
+
+def test_spikes_at_zero_and_at_a_clip_do_not_shrink_the_range() -> None:
+    """What a ReLU6 writes: half zeros, a tenth sixes, and something between."""
+    torch.manual_seed(0)
+    values = torch.cat([torch.zeros(50_000), torch.rand(40_000) * 6, torch.full((10_000,), 6.0)])
+    assert entropy_range(*counts_of(values)) == (0.0, 6.0)
 
 
 def test_entropy_keeps_a_flat_range() -> None:
