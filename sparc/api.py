@@ -48,7 +48,7 @@ def registry(diagnostics: Diagnostics | None = None) -> Registry:
     """Everything registered: sparc's own passes, encodings, recipes and targets, and those of installed extensions."""
     from sparc import codegen, passes
 
-    return Registry.load([passes.extension(), codegen.extension()], diagnostics or Diagnostics())
+    return Registry.load([passes.extension(), codegen.extension()], diagnostics)
 
 
 def compile(
@@ -97,7 +97,7 @@ def compile(
     context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
     emission = place.emit(driver.program, context)
     if verify != "types":
-        check_sites(baseline, driver.program, place, samples, context.options, every=verify == "full")
+        check_sites(baseline, driver.program, place, samples, context, every=verify == "full")
     artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml())
     _gather_evidence(artifact, captured, baseline, samples, target)
     if measure:

@@ -260,6 +260,13 @@ UNSUPPORTED_OPSET = Code(
     "The encoding needs types or operators of a later opset.",
     "raise opset=, or choose another encoding",
 )
+LOWERING_FAILED = Code(
+    "SPARC408",
+    "an extension's lowering failed",
+    "A lowering that an installed extension registers for an encoding or an operator raised an error, or returned "
+    "something that is no ONNX value.",
+    "report it to the author of the function named; another target or encoding does without it",
+)
 
 # 5xx: artifacts -----------------------------------------------------------------------------------------------------
 ARTIFACT_MISSING_FILE = Code(

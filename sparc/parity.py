@@ -6,7 +6,7 @@ few roundings, and every further quantizer multiplies the flips. What a site com
 freedom.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def new_inputs(anchor: fx.Node, known: set[str]) -> set[fx.Node]:
 
 
 def check_sites(
-    baseline: Program, program: Program, target: Target, samples: Samples, options: Mapping[str, Any], every: bool
+    baseline: Program, program: Program, target: Target, samples: Samples, context: EmitContext, every: bool
 ) -> int:
     """Compare compressed sites in the target's runtime with the program, on the program's own inputs.
 
@@ -78,7 +78,7 @@ def check_sites(
         program: the compiled program.
         target: where it is lowered to.
         samples: inputs; the first held-out one is used.
-        options: the target's options.
+        context: the target's options and extensions' lowerings; remarks go nowhere.
         every: check every site, not one of each class of equal operators, specs and shapes.
 
     Returns:
@@ -87,6 +87,7 @@ def check_sites(
     Raises:
         LoweringError: SPARC402 for a site that differs by more than 1e-4 (float32) or 2e-3 (half precision) relative.
     """
+    silent = EmitContext(Diagnostics(), context.options, context.lowerings)
     checked = 0
     for name, batches in samples.held_out.items():
         entry = program.entries[name]
@@ -99,7 +100,7 @@ def check_sites(
         wanted = {name for _, feeds in sites.values() for name in feeds} | {anchor.name for anchor in sites}
         values = record_values(program, name, batches[0], wanted)
         for anchor, (alone, feeds) in sites.items():
-            _check_site(anchor, alone, [values[feed] for feed in feeds], values[anchor.name], target, options)
+            _check_site(anchor, alone, [values[feed] for feed in feeds], values[anchor.name], target, silent)
             checked += 1
     return checked
 
@@ -117,9 +118,9 @@ def _check_site(
     inputs: Sequence[Tensor],
     expected: Tensor,
     target: Target,
-    options: Mapping[str, Any],
+    context: EmitContext,
 ) -> None:
-    emission = target.emit(alone, EmitContext(Diagnostics(), options))
+    emission = target.emit(alone, context)
     found = emission.runner("forward")(inputs)[0]
     half = expected.dtype in (torch.float16, torch.bfloat16)
     difference = relative_error(expected, found)

@@ -14,7 +14,7 @@ from sparc.options import option_fields, unwritable
 from sparc.pass_base import Pass, Stage
 from sparc.recipe import Recipe
 from sparc.suggest import hint
-from sparc.target import Target
+from sparc.target import Lowering, Target
 
 GROUP = "sparc.extensions"
 Named = TypeVar("Named")
@@ -35,8 +35,8 @@ class Extension:
         encodings: classes of encodings.
         recipes: recipes by name.
         targets: targets; each has its own name.
-        lowerings: what a target does with an encoding or an operator: by (target's name, encoding's class name or
-            operator's name). What the value is, is the target's to say.
+        lowerings: what a target does with an encoding or an operator: a function, by (target's name, encoding's class
+            name or operator's name). What it is called with is the target's to say (`sparc.codegen.onnx.extensions`).
         kernels: kernel templates, for targets that choose among them.
     """
 
@@ -45,7 +45,7 @@ class Extension:
     encodings: tuple[type[Encoding], ...] = ()
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
-    lowerings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    lowerings: Mapping[tuple[str, str], Lowering] = field(default_factory=dict)
     kernels: tuple[Any, ...] = ()
 
 
@@ -73,7 +73,7 @@ class Registry:
         self.encodings: dict[str, type[Encoding]] = {}
         self.recipes: dict[str, Recipe] = {}
         self.targets: dict[str, Target] = {}
-        self.lowerings: dict[tuple[str, str], Any] = {}
+        self.lowerings: dict[tuple[str, str], Lowering] = {}
         self.kernels: list[Any] = []
         self.owners: dict[tuple[str, str], str] = {}
         for extension in extensions:
@@ -181,6 +181,9 @@ def _malformed(extension: Extension) -> str | None:
         f"the lowering {key!r} is no pair of strings"
         for key in extension.lowerings
         if not (isinstance(key, tuple) and len(key) == 2 and all(isinstance(part, str) for part in key))
+    ]
+    reasons += [
+        f"the lowering {key!r} is no function" for key, each in extension.lowerings.items() if not callable(each)
     ]
     reasons = [reason for reason in reasons if reason]
     if reasons:

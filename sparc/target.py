@@ -11,6 +11,7 @@ from sparc.layout import IDENTITY
 from sparc.program import Program
 
 Runner = Callable[[Sequence[Tensor]], list[Tensor]]
+Lowering = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,13 @@ class EmitContext:
     Args:
         diagnostics: where remarks go.
         options: target options given to compile (opset, for example).
-        lowerings: extension lowerings by (target, encoding class name).
+        lowerings: extensions' lowerings by (target, encoding's class name or operator's name); the target says what
+            they are called with.
     """
 
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
     options: Mapping[str, Any] = field(default_factory=dict)
-    lowerings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    lowerings: Mapping[tuple[str, str], Lowering] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import sparc.api
 from sparc import registry as registry_module
 from sparc.capture import capture
 from sparc.contract import Contract, Exact
@@ -63,7 +64,7 @@ OWN = Extension(
     encodings=(IntGrid,),
     recipes={"w8": Recipe((Step(Clean()),))},
     targets=(Place("onnx"), Place("onnx:portable")),
-    lowerings={("onnx", "IntGrid"): "a table"},
+    lowerings={("onnx", "IntGrid"): print},
     kernels=("kernel",),
 )
 
@@ -81,7 +82,7 @@ def test_what_an_extension_registers_is_found_by_name() -> None:
     assert registry.encoding("IntGrid") is IntGrid
     assert registry.recipe("w8") == Recipe((Clean(),))
     assert registry.target("onnx:portable").name == "onnx:portable"
-    assert registry.lowerings == {("onnx", "IntGrid"): "a table"}
+    assert registry.lowerings == {("onnx", "IntGrid"): print}
     assert registry.kernels == ["kernel"]
     assert registry.owners["pass", "clean"] == registry.owners["target", "onnx"] == "own"
 
@@ -109,7 +110,7 @@ def test_unknown_names_get_a_suggestion(kind: str, name: str, hint: str) -> None
         ({"encodings": (IntGrid,)}, "the encoding 'IntGrid'"),
         ({"recipes": {"w8": Recipe()}}, "the recipe 'w8'"),
         ({"targets": (Place("onnx"),)}, "the target 'onnx'"),
-        ({"lowerings": {("onnx", "IntGrid"): 0}}, "the lowering 'IntGrid for onnx'"),
+        ({"lowerings": {("onnx", "IntGrid"): repr}}, "the lowering 'IntGrid for onnx'"),
     ],
 )
 def test_a_name_registered_twice_is_an_error_and_changes_nothing(again: dict[str, Any], what: str) -> None:
@@ -189,6 +190,7 @@ class BadlyNamed(Clean):
         ({"recipes": {"x": [Clean()]}}, "recipe 'x' is no Recipe"),
         ({"recipes": {"../x": Recipe()}}, "'../x' is no name"),
         ({"lowerings": {"onnx": 0}}, "is no pair of strings"),
+        ({"lowerings": {("onnx", "IntGrid"): "a table"}}, "is no function"),
     ],
 )
 def test_a_malformed_extension_is_refused(contents: dict[str, Any], why: str) -> None:
@@ -243,6 +245,13 @@ def test_broken_extensions_are_warned_of_and_the_others_loaded(installed: Callab
         "TypeError",
         "the pass 'other' is abstract",
     ]
+
+
+def test_compile_hears_of_broken_extensions(installed: Callable[..., None]) -> None:
+    installed(a="broken")
+    diagnostics = Diagnostics()
+    sparc.api.registry(diagnostics)
+    assert [warning.code.id for warning in diagnostics] == ["SPARC212"]
 
 
 def test_installed_duplicates_are_an_error(installed: Callable[..., None]) -> None:

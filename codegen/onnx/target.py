@@ -10,6 +10,7 @@ import onnx_ir as ir
 from sparc import codes
 from sparc.codegen.onnx.emission import OnnxEmission
 from sparc.codegen.onnx.emit import MS, Emitter, Rule
+from sparc.codegen.onnx.extensions import extension_rule
 from sparc.codegen.onnx.fuse import plan_fusions
 from sparc.codegen.onnx.registry import fallback
 from sparc.codegen.onnx.sites import RULES
@@ -66,20 +67,22 @@ class OnnxTarget:
 
         Args:
             program: any program; not edited.
-            context: where remarks go; the option `opset` overrides the target's.
+            context: where remarks go; the option `opset` overrides the target's; extensions' lowerings.
 
         Raises:
-            LoweringError: SPARC401 for an operator without translation, SPARC407 for an opset that lacks one.
+            LoweringError: SPARC401 for an operator without translation, SPARC407 for an opset that lacks one,
+                SPARC408 when an extension's lowering fails.
         """
         target = replace(self, opset=int(context.options["opset"])) if context.options.get("opset") else self
         signatures = [entry.signature for entry in program.entries.values()]
         reserved = frozenset(name for each in signatures for name in (*each.input_names, *each.output_names))
         store = Store(program.weights, reserved)
         kernels: dict[str, KernelUse] = {}
+        extensions = extension_rule(context.lowerings, self.flavour)
         models = {}
         for name, entry in program.entries.items():
             plan = plan_fusions(program, entry, target)
-            rules = [plan, *target.rules()]
+            rules = [extensions, plan, *target.rules()]
             emitter = Emitter(
                 program, entry, target, store, kernels, context.diagnostics, TABLE, rules, fallback, plan.lazy
             )

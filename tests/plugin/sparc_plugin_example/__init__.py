@@ -2,6 +2,7 @@
 
 from sparc.recipe import Recipe, Step
 from sparc.registry import Extension
+from sparc_plugin_example.onnx_lowering import looked_up
 from sparc_plugin_example.powers_of_two import PowersOfTwo
 from sparc_plugin_example.repeated_relu import drop_repeated_relu
 
@@ -12,5 +13,6 @@ def extension() -> Extension:
         name="example",
         passes=(drop_repeated_relu,),
         encodings=(PowersOfTwo,),
+        lowerings={("onnx", "PowersOfTwo"): looked_up},
         recipes={"example": Recipe((Step(drop_repeated_relu),), name="example")},
     )
