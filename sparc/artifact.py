@@ -24,6 +24,7 @@ from sparc.ledger import Ledger
 from sparc.program import Program
 from sparc.report import Report
 from sparc.serialize import TensorFile, TensorReader, program_from_dict, program_to_dict, schema
+from sparc.serialize.masked import masked_from_json, masked_to_json
 from sparc.serialize.records import records_from_dict, records_to_dict, timings_to_dict
 from sparc.serialize.schema import malformed
 from sparc.target import Emission, Runner, StoredTensor, Target
@@ -141,7 +142,7 @@ class Artifact:
         tensors = TensorFile(described.tensors)
         target = {
             "name": self.emission.target,
-            "tensors": [[each.name, each.weight, each.layout] for each in self.emission.stored],
+            "tensors": [_stored_row(each) for each in self.emission.stored],
         }
         contents: dict[str, Iterable[files.Buffer]] = {
             _WEIGHTS: tensors.chunks(),
@@ -314,10 +315,14 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return schema.from_json(files.read_file(folder, name, _JSON_LIMIT), name)
 
 
+def _stored_row(stored: StoredTensor) -> list[Any]:
+    return [stored.name, stored.weight, stored.layout, *([masked_to_json(stored.masked)] if stored.masked else [])]
+
+
 def _stored(row: Any, reader: TensorReader) -> StoredTensor:
-    name, weight, layout = schema.items(row, "a stored tensor")
+    name, weight, layout, *masked = schema.items(row, "a stored tensor")
     if weight is not None:
         schema.text(weight, "a weight's name")
-    return StoredTensor(
-        name, reader.get(schema.text(name, "a tensor's name")), weight, schema.text(layout, "a layout", 256)
-    )
+    tensor = reader.get(schema.text(name, "a tensor's name"))
+    mask = masked_from_json(*masked) if masked else None
+    return StoredTensor(name, tensor, weight, schema.text(layout, "a layout", 256), mask)

@@ -14,6 +14,7 @@ from sparc.ledger import Ratio, SiteRow, Summary
 from sparc.measure import paired_ratio
 from sparc.pass_base import Samples
 from sparc.program import Program
+from sparc.serialize.program import place_weights
 from sparc.target import Emission, Runner
 from sparc.verify import measure_sites, output_errors
 
@@ -33,6 +34,7 @@ def site_rows(
     batches = {entry: inputs[:1] for entry, inputs in samples.held_out.items()}
     measured = {measure.node: measure.worst for measure in measure_sites(baseline, program, batches, "snr_db")}
     after = {site.weight: site for site in find_sites(program)[0]}
+    files = FileBytes(program, emission)
     rows = []
     for site in find_sites(baseline)[0]:
         now = after.get(site.weight)
@@ -42,7 +44,7 @@ def site_rows(
         if now is not None and now.encoded:
             row.encoding = str(now.source.args[1])
         row.activation = activation_spec(now)
-        row.file_bytes = stored_bytes(program, now, row.dense_bytes)
+        row.file_bytes = files.site(site.weight, now)
         kernel = emission.kernels.get(site.weight)
         row.kernel = kernel.operator if kernel else ""
         row.resident_bytes = kernel.resident_bytes if kernel else row.file_bytes
@@ -69,14 +71,40 @@ def activation_spec(site: Site | None) -> str:
     return "+".join(specs)
 
 
-def stored_bytes(program: Program, site: Site | None, dense: int) -> int:
-    """Bytes of the site's tensors in the program's store."""
-    if site is None:
-        return dense
-    if not site.encoded:
-        return program.weights[site.weight].nbytes if site.weight in program.weights else dense
-    parts: Any = site.source.args[0]
-    return int(sum(program.weights[str(part.target)].nbytes for part in parts))
+class FileBytes:
+    """The tensors of an artifact's weights file: the target's, and the program's weights that are not among them."""
+
+    def __init__(self, program: Program, emission: Emission) -> None:
+        """Args: the compiled program, and what the target made of it."""
+        rows, tensors = place_weights(program.weights, emission.stored)
+        self._bytes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        self._places = {name: str(row["tensor"]) for name, row in rows.items()}
+        self._made = [(each.site, each.name) for each in emission.stored if each.site]
+        self._read = {each.name for each in emission.stored}
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self._bytes.values())
+
+    @property
+    def read(self) -> int:
+        """Bytes of those that the target reads."""
+        return sum(self._bytes[name] for name in self._read)
+
+    def site(self, weight: str, site: Site | None, *, read: bool = False) -> int:
+        """Bytes of the tensors that stand for one weight: its parts, and what the target made of them.
+
+        Args:
+            weight: the original weight's name.
+            site: the site in the compiled program; None when it is gone.
+            read: only those that the target reads.
+        """
+        parts: Any = site.source.args[0] if site is not None and site.encoded else []
+        names = [str(part.target) for part in parts] or [weight]
+        tensors = {self._places[name] for name in names if name in self._places}
+        tensors |= {name for made_from, name in self._made if made_from == weight}
+        return sum(self._bytes[name] for name in tensors if name in self._read or not read)
 
 
 def run_all(run: Callable[[Sequence[Tensor]], list[Any]], batches: Sequence[list[Tensor]]) -> list[list[Any]]:
@@ -105,11 +133,10 @@ def summarize(
     names = program.main.signature.output_names
     expected = run_all(lambda tensors: reference.run_flat(list(tensors), entry=entry), batches)
     parity = emission.check(program, {entry: batches[0]}, {entry: dict(zip(names, expected[0], strict=True))})
-    stored = sum(stored.tensor.nbytes for stored in emission.stored)
-    resident = (
-        stored + sum(kernel.resident_bytes for kernel in emission.kernels.values()) - _carried_bytes(program, emission)
-    )
-    summary = Summary(target, "synthetic" if samples.synthetic else "held out", dense_bytes, stored, resident)
+    files = FileBytes(program, emission)
+    carried = sum(kernel.resident_bytes for kernel in emission.kernels.values())
+    resident = files.read + carried - _carried_bytes(program, emission, files)
+    summary = Summary(target, "synthetic" if samples.synthetic else "held out", dense_bytes, files.total, resident)
     actual = run_all(emission.runner(entry), batches)
     check_finite(names, expected, actual)
     summary.errors = output_errors(names, expected, actual)
@@ -129,10 +156,10 @@ def check_finite(names: Sequence[str], expected: Sequence[Sequence[Any]], actual
                 raise VerifyError(codes.NOT_FINITE, f"output {name!r} is not finite any more")
 
 
-def _carried_bytes(program: Program, emission: Emission) -> int:
-    """File bytes of the weights whose resident size the target states itself."""
+def _carried_bytes(program: Program, emission: Emission, files: FileBytes) -> int:
+    """Bytes the target reads for weights whose resident size it states itself."""
     sites = {site.weight: site for site in find_sites(program)[0]}
-    return sum(stored_bytes(program, sites.get(name), 0) for name in emission.kernels)
+    return sum(files.site(name, sites.get(name), read=True) for name in emission.kernels)
 
 
 def latencies(

@@ -97,7 +97,7 @@ class Summary:
         target: the target's name.
         data: `held out` when measured on the user's data, else `synthetic`.
         dense_bytes: bytes of the captured model's weights.
-        file_bytes: bytes of the artifact's model and weights.
+        file_bytes: bytes of every tensor in the artifact's weights file, whoever reads it.
         resident_bytes: bytes of weights the runtime keeps in memory.
         errors: for each output, `{"relative error", "cosine", "snr_db"}` against the captured model.
         parity: for each output, the lowering's largest relative difference from the program.

@@ -15,6 +15,21 @@ Lowering = Callable[..., Any]
 
 
 @dataclass(frozen=True)
+class Masked:
+    """Which elements of a stored matrix a program's weight keeps, where the target has no operator for zeros.
+
+    Args:
+        spec: the `MaskEncoding`, as text.
+        shape: the matrix's, `[batch..., out, reduce]`.
+        parts: the program weights that hold the mask, by part name.
+    """
+
+    spec: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor of the emitted model.
 
@@ -23,12 +38,16 @@ class StoredTensor:
         tensor: as the target stores it.
         weight: the program weight it is, if it is one.
         layout: how it was stored (`sparc.layout`), so that the program's weight can be restored from it.
+        masked: given when the tensor holds the codes of every element, and the weight those a mask keeps.
+        site: the original weight it was made from while emitting, for the report; empty when it is a program weight.
     """
 
     name: str
     tensor: Tensor
     weight: str | None = None
     layout: str = IDENTITY
+    masked: Masked | None = None
+    site: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +17,7 @@ from sparc import codes
 from sparc import layout as layouts
 from sparc.codegen.onnx.build import Builder
 from sparc.codegen.onnx.sizes import Size, Sizes, expression
-from sparc.codegen.onnx.store import Store, initializer
+from sparc.codegen.onnx.store import Origin, Store, initializer
 from sparc.codegen.onnx.types import onnx_type
 from sparc.diag import Diagnostics, LoweringError
 from sparc.encoding.operators import is_quantize
@@ -50,7 +51,7 @@ class Emitter:
         target: flavour and opset.
         store: the stored tensors, shared by all entries.
         kernels: filled with what carries each compressed weight.
-        diagnostics: where remarks go.
+        diagnostics: where remarks go. `notes` say by site why a weight is not carried in its encoded form.
         table: translations by operator (`aten.add.Tensor`).
         rules: region translations, tried first.
         fallback: the translation of what the table lacks.
@@ -76,6 +77,7 @@ class Emitter:
         names = [*entry.signature.input_names, *entry.signature.output_names]
         self.builder = Builder(reserved=[*names, *program.weights])
         self.sizes = Sizes(self.builder)
+        self.notes: dict[str, str] = {}
         self._values: dict[fx.Node, Any] = {}
         self._initializers: dict[str, ir.Value] = {}
         self._inputs: list[ir.Value] = []
@@ -237,12 +239,14 @@ class Emitter:
         *,
         dtype: ir.DataType | None = None,
         dims: Sequence[int] | None = None,
+        of: Origin | None = None,
     ) -> ir.Value:
-        """An initializer over a tensor computed while emitting; arguments as for `weight`."""
-        return self._initializer(initializer(self.store.derived(name, tensor, layout, shape), dtype, dims))
+        """An initializer over a tensor computed while emitting; arguments as for `weight`, `of` for what it stores."""
+        return self._initializer(initializer(self.store.derived(name, tensor, layout, shape, of), dtype, dims))
 
     def carry(self, site: str, kernel: KernelUse) -> None:
         """Note what carries a weight; of several operators that hold it in memory, all are named and added up."""
+        kernel = replace(kernel, note=kernel.note or self.notes.get(site, ""))
         known = self.kernels.get(site)
         if known is None:
             self.kernels[site] = kernel

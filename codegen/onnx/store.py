@@ -10,9 +10,24 @@ from torch import Tensor
 from sparc import layout as layouts
 from sparc.codegen.onnx.types import onnx_type
 from sparc.program import WeightStore
-from sparc.target import StoredTensor
+from sparc.target import Masked, StoredTensor
 
 ALIAS = "#"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a derived tensor was made from.
+
+    Args:
+        site: the original weight, for the report.
+        weight: the program weight that a mask keeps of it, if there is one.
+        masked: the mask.
+    """
+
+    site: str = ""
+    weight: str | None = None
+    masked: Masked | None = None
 
 
 @dataclass
@@ -41,23 +56,31 @@ class Store:
         return self.tensors[self._by_source[key]]
 
     def derived(
-        self, name: str, tensor: Tensor, layout: str = layouts.IDENTITY, shape: Sequence[int] = ()
+        self,
+        name: str,
+        tensor: Tensor,
+        layout: str = layouts.IDENTITY,
+        shape: Sequence[int] = (),
+        of: Origin | None = None,
     ) -> StoredTensor:
         """A tensor that is no program weight: computed while emitting, the same for every entry."""
         key = (name, f"derived {layout}", tuple(shape) or tuple(tensor.shape))
         if key not in self._by_source:
             stored = layouts.store(layout, tensor, shape or None).contiguous()
-            self._by_source[key] = self._add(name, stored, None, layout)
+            self._by_source[key] = self._add(name, stored, None, layout, of or Origin())
         return self.tensors[self._by_source[key]]
 
-    def _add(self, name: str, tensor: Tensor, weight: str | None, layout: str) -> str:
+    def _add(self, name: str, tensor: Tensor, weight: str | None, layout: str, of: Origin | None = None) -> str:
         if name in self.reserved:
             name = f"weights.{name}"
         unique, count = name, 0
         while unique in self.tensors:
             count += 1
             unique = f"{name}.{layout.replace('+', '.')}" if count == 1 else f"{name}.{count}"
-        self.tensors[unique] = StoredTensor(unique, tensor, weight, layout)
+        if of is not None:
+            self.tensors[unique] = StoredTensor(unique, tensor, of.weight, layout, of.masked, of.site)
+        else:
+            self.tensors[unique] = StoredTensor(unique, tensor, weight, layout)
         return unique
 
 

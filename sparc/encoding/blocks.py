@@ -55,7 +55,12 @@ class Blocks(MaskEncoding):
     @property
     def part_names(self) -> tuple[str, ...]:
         """The parts of `of`, then the block list."""
-        return (*self.of.part_names, "pointers", "indices")
+        return (*self.of.part_names, *self.mask_names)
+
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        """The block list."""
+        return ("pointers", "indices")
 
     def accepts(self, shape: Sequence[int]) -> str | None:
         """Matrices that `of` accepts and that are no smaller than a block in either direction."""
@@ -121,7 +126,7 @@ class Blocks(MaskEncoding):
         mask = grid.tensors["mask"]
         counts = mask.sum(-1).flatten()
         return {
-            "codes": self.of.pack(self._blocks(self.of.codes(weight, grid.tensors))[mask]),
+            "codes": self.keep(self.of.codes(weight, grid.tensors), mask),
             **self.inner(grid).tensors,
             "pointers": torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
             "indices": mask.nonzero()[:, -1].to(torch.int32),
@@ -129,18 +134,26 @@ class Blocks(MaskEncoding):
 
     def decode(self, parts: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Put the kept blocks back in their places, look up their values, and zero the rest."""
-        mask = self._mask(parts, shape)
+        mask = self.mask(parts, shape)
         blocks = self.of.unpack(parts["codes"], self.size[1])
         dense = blocks.new_zeros(*mask.shape, *self.size)
         dense[mask] = blocks
         dense = dense.transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]].contiguous()
         return self.of.values(dense, parts, dtype).masked_fill_(~self.spread(mask, shape), 0)
 
-    def _mask(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+    def keep(self, codes: Tensor, mask: Tensor) -> Tensor:
+        """The kept blocks in row-major order, each row packed."""
+        return self.of.pack(self._blocks(codes)[mask])
+
+    def mask(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        """What the block list says."""
         rows, columns = -(-shape[-2] // self.size[0]), -(-shape[-1] // self.size[1])
         pointers = parts["pointers"].to(torch.int64)
+        counts = pointers.diff()
+        if bool((counts < 0).any()) or int(counts.sum()) != parts["indices"].numel():
+            raise ValueError("the pointers are not those of the indices")
         mask = torch.zeros(pointers.numel() - 1, columns, dtype=torch.bool, device=pointers.device)
-        row = torch.arange(len(mask), device=pointers.device).repeat_interleave(pointers.diff())
+        row = torch.arange(len(mask), device=pointers.device).repeat_interleave(counts)
         mask[row, parts["indices"].to(torch.int64)] = True
         return mask.reshape(*shape[:-2], rows, columns)
 

@@ -1,7 +1,7 @@
 """What N:M and block masks share: a mask says which elements are kept, another encoding how they are stored."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -34,6 +34,23 @@ class MaskEncoding(Encoding):
     @abstractmethod
     def spread(self, mask: Tensor, shape: Sequence[int]) -> Tensor:
         """The grid's mask as a bool tensor of the matrix's shape."""
+
+    @abstractmethod
+    def mask(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        """The grid's mask of an encoded matrix of this shape; reads only the parts in `mask_names`.
+
+        Raises:
+            ValueError: for parts that fit no matrix of this shape.
+        """
+
+    @property
+    @abstractmethod
+    def mask_names(self) -> tuple[str, ...]:
+        """The names of the parts that say what is kept."""
+
+    @abstractmethod
+    def keep(self, codes: Tensor, mask: Tensor) -> Tensor:
+        """The part `codes`, from the codes of every element `[batch..., out, reduce]`."""
 
     def fit_masked(
         self, weight: Tensor, mask: Tensor, *, importance: Tensor | None = None, search: bool = False

@@ -50,7 +50,12 @@ class NM(MaskEncoding):
     @property
     def part_names(self) -> tuple[str, ...]:
         """The parts of `of`, then the positions."""
-        return (*self.of.part_names, "positions")
+        return (*self.of.part_names, *self.mask_names)
+
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        """The positions."""
+        return ("positions",)
 
     def accepts(self, shape: Sequence[int]) -> str | None:
         """Matrices that `of` accepts and whose last size m divides."""
@@ -99,22 +104,34 @@ class NM(MaskEncoding):
             )
         kept = (*weight.shape[:-1], weight.shape[-1] // self.m * self.n)
         position = torch.arange(weight.shape[-1], device=mask.device).remainder_(self.m).to(torch.uint8)
-        chosen = self.of.codes(weight, grid.tensors)[mask].reshape(kept)
         return {
-            "codes": self.of.pack(chosen),
+            "codes": self.keep(self.of.codes(weight, grid.tensors), mask),
             **self.inner(grid).tensors,
             "positions": pack_bits(position.expand(mask.shape)[mask].reshape(kept), self.position_bits),
         }
 
     def decode(self, parts: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Put the kept codes back in their columns, look up their values, and zero the rest."""
+        columns = self._columns(parts, shape)
+        chosen = self.of.unpack(parts["codes"], columns.shape[-1])
+        dense = chosen.new_zeros(tuple(shape)).scatter_(-1, columns, chosen)
+        return self.of.values(dense, parts, dtype).masked_fill_(~self.mask(parts, shape), 0)
+
+    def mask(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        """What the positions say."""
+        columns = self._columns(parts, shape)
+        if tuple(columns.shape[:-1]) != tuple(shape[:-1]) or not bool((columns < shape[-1]).all()):
+            raise ValueError(f"the positions are not those of a matrix {list(shape)}")
+        return torch.zeros(tuple(shape), dtype=torch.bool, device=columns.device).scatter_(-1, columns, True)
+
+    def keep(self, codes: Tensor, mask: Tensor) -> Tensor:
+        """The kept codes of each row in column order, packed."""
+        return self.of.pack(codes[mask].reshape(*codes.shape[:-1], codes.shape[-1] // self.m * self.n))
+
+    def _columns(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
         kept = int(shape[-1]) // self.m * self.n
         positions = unpack_bits(parts["positions"], self.position_bits, kept).to(torch.int64)
-        columns = positions + torch.arange(kept, device=positions.device).div(self.n, rounding_mode="floor") * self.m
-        chosen = self.of.unpack(parts["codes"], kept)
-        dense = chosen.new_zeros(tuple(shape)).scatter_(-1, columns, chosen)
-        dropped = torch.ones(dense.shape, dtype=torch.bool, device=dense.device).scatter_(-1, columns, False)
-        return self.of.values(dense, parts, dtype).masked_fill_(dropped, 0)
+        return positions + torch.arange(kept, device=positions.device).div(self.n, rounding_mode="floor") * self.m
 
     def bytes(self, shape: Sequence[int | sympy.Expr]) -> sympy.Expr:
         """Kept codes, the inner grid of the dense matrix, positions."""

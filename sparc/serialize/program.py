@@ -6,10 +6,11 @@
                                "grid": {"spec": "IntGrid()", "view": "matrix", "tensors": {"scale": {...}}}?}}}
 
 The numbers lie in a safetensors file: `tensor` names the stored tensor, and `layout` (`sparc.layout`) says how it was
-stored.
+stored. With `masked`, the tensor holds the codes of every element, and the weight is what the mask keeps of them
+(`sparc.serialize.masked`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,12 @@ from sparc import layout
 from sparc.diag import SparcError
 from sparc.encoding.base import Encoding
 from sparc.encoding.grid import Grid
-from sparc.encoding.operators import spec_name
+from sparc.encoding.operators import find_spec, spec_name
 from sparc.encoding.view import WeightView
 from sparc.program import Program, Weight, WeightStore
 from sparc.serialize import schema
 from sparc.serialize.entry import entry_from_json, entry_to_json
+from sparc.serialize.masked import masked_from_json, masked_to_json, pick
 from sparc.serialize.schema import malformed, unwritable
 from sparc.serialize.values import dtype_from_text, dtype_to_text
 from sparc.target import StoredTensor
@@ -53,28 +55,51 @@ def program_to_dict(program: Program, stored: Sequence[StoredTensor] = ()) -> De
     Raises:
         ArtifactError: SPARC508 when something cannot be stored, or a target's tensor does not restore to its weight.
     """
-    writer = _Writer(stored)
-    weights = {name: writer.weight(name, program.weights.record(name)) for name in program.weights}
+    weights, tensors = place_weights(program.weights, stored)
     described = {
         "version": VERSION,
         "entries": {name: entry_to_json(entry) for name, entry in program.entries.items()},
         "aliases": dict(program.weights.aliases),
         "weights": weights,
     }
-    return Described(described, writer.tensors)
+    return Described(described, tensors)
+
+
+def place_weights(
+    weights: WeightStore, stored: Sequence[StoredTensor] = ()
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Where each weight will lie: its description, and every tensor by the name it is written under.
+
+    Args:
+        weights: a program's weights.
+        stored: as for `program_to_dict`.
+
+    Raises:
+        ArtifactError: SPARC508 when a target's tensor does not restore to its weight.
+    """
+    writer = _Writer(stored, weights)
+    return {name: writer.weight(name, weights.record(name)) for name in weights}, writer.tensors
 
 
 class _Writer:
     """Finds a place in the file for every tensor of a program."""
 
-    def __init__(self, stored: Sequence[StoredTensor]) -> None:
+    def __init__(self, stored: Sequence[StoredTensor], weights: WeightStore) -> None:
+        self._weights = weights
         self.tensors = {each.name: each.tensor for each in stored}
         if len(self.tensors) != len(stored):
             raise unwritable("two stored tensors have the same name")
         self._by_weight: dict[str, StoredTensor] = {}
         for each in stored:
-            if each.weight is not None:
+            if each.weight is not None and (each.masked is None or self._picks(each, weights[each.weight])):
                 self._by_weight.setdefault(each.weight, each)
+
+    def _picks(self, place: StoredTensor, tensor: Tensor) -> bool:
+        """Whether a weight comes back from a tensor that holds more: bitwise, or it is written by itself."""
+        try:
+            return _same(pick(place, self._weights.__getitem__, find_spec), tensor)
+        except (ValueError, RuntimeError):
+            return False
 
     def weight(self, name: str, record: Weight) -> dict[str, Any]:
         """One weight's description."""
@@ -96,14 +121,16 @@ class _Writer:
                 unique += "'"
             self.tensors[unique] = tensor
             place = StoredTensor(unique, tensor)
-        else:
+        elif place.masked is None:
             _check_place(name, tensor, place)
-        described = {
+        described: dict[str, Any] = {
             "dtype": dtype_to_text(tensor.dtype),
             "shape": list(tensor.shape),
             "tensor": place.name,
             "layout": place.layout,
         }
+        if place.masked is not None:
+            described["masked"] = masked_to_json(place.masked)
         if not tensor.is_contiguous() and _dense(tensor.shape, tensor.stride()):
             described["stride"] = list(tensor.stride())
         return described
@@ -113,11 +140,15 @@ def _check_place(name: str, tensor: Tensor, place: StoredTensor) -> None:
     if place.tensor is tensor and place.layout == layout.IDENTITY:
         return
     restored = layout.restore(place.layout, place.tensor, tuple(tensor.shape))
-    same = restored.dtype == tensor.dtype and restored.shape == tensor.shape
-    if not same or not torch.equal(_bits(restored), _bits(tensor)):
+    if not _same(restored, tensor):
         raise unwritable(
             f"weight {name!r} does not come back from the target's tensor {place.name!r}", f"layout {place.layout}"
         )
+
+
+def _same(restored: Tensor, tensor: Tensor) -> bool:
+    same = restored.dtype == tensor.dtype and restored.shape == tensor.shape
+    return same and torch.equal(_bits(restored), _bits(tensor))
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -159,8 +190,9 @@ def program_from_dict(
         aliases = schema.entries(found["aliases"], "aliases")
         store = WeightStore(aliases={key: schema.text(value, "an alias") for key, value in aliases.items()})
         stored: list[StoredTensor] = []
-        for name, row in schema.entries(found["weights"], "weights").items():
-            weight, place = _weight_from_json(name, row, tensor, parse)
+        rows = schema.entries(found["weights"], "weights")
+        for name, row in rows.items():
+            weight, place = _weight_from_json(name, row, tensor, parse, rows)
             store.put(name, weight)
             stored.append(place)
         register = _registrar(parse)
@@ -171,10 +203,16 @@ def program_from_dict(
 
 
 def _weight_from_json(
-    name: str, row: Any, tensor: Callable[[str], Tensor], parse: Parse
+    name: str, row: Any, tensor: Callable[[str], Tensor], parse: Parse, rows: Mapping[str, Any]
 ) -> tuple[Weight, StoredTensor]:
-    schema.fields(row, f"weight {name[:80]}", [*_TENSOR, "origins"], ["stride", "grid", "trainable"])
-    value, place = _tensor_from_json(name, row, tensor)
+    schema.fields(row, f"weight {name[:80]}", [*_TENSOR, "origins"], ["stride", "grid", "trainable", "masked"])
+
+    def part(weight: str) -> Tensor:
+        if "masked" in rows[weight]:
+            raise malformed(f"the mask of {name[:80]!r} lies behind another mask")
+        return _tensor_from_json(weight, rows[weight], tensor)[0]
+
+    value, place = _tensor_from_json(name, row, tensor, lambda place: pick(place, part, parse))
     grid = None
     if "grid" in row:
         found = schema.fields(row["grid"], "a grid", ["spec", "view", "tensors"])
@@ -188,12 +226,16 @@ def _weight_from_json(
     return Weight(value, grid, origins, row.get("trainable") is True), place
 
 
-def _tensor_from_json(name: str, row: Any, tensor: Callable[[str], Tensor]) -> tuple[Tensor, StoredTensor]:
-    schema.fields(row, f"tensor {name[:80]}", _TENSOR, ["stride", "origins", "grid", "trainable"])
+def _tensor_from_json(
+    name: str, row: Any, tensor: Callable[[str], Tensor], pick: Callable[[StoredTensor], Tensor] | None = None
+) -> tuple[Tensor, StoredTensor]:
+    schema.fields(row, f"tensor {name[:80]}", _TENSOR, ["stride", "origins", "grid", "trainable", "masked"])
     shape, dtype = schema.sizes(row["shape"], "a shape"), dtype_from_text(row["dtype"])
     source, way = tensor(schema.text(row["tensor"], "a tensor's name")), schema.text(row["layout"], "a layout", 256)
+    masked = masked_from_json(row["masked"]) if pick is not None and "masked" in row else None
+    place = StoredTensor(row["tensor"], source, name, way, masked)
     try:
-        value = layout.restore(way, source, shape)
+        value = layout.restore(way, source, shape) if pick is None or masked is None else pick(place)
     except RuntimeError as error:
         raise malformed(f"{name[:80]!r} cannot be restored by {way!r}", str(error)[:200]) from None
     if tuple(value.shape) != shape or value.dtype != dtype:
@@ -205,7 +247,7 @@ def _tensor_from_json(name: str, row: Any, tensor: Callable[[str], Tensor]) -> t
         if len(stride) != len(shape) or not _dense(shape, stride):
             raise malformed(f"{name[:80]!r} has impossible strides")
         value = torch.empty_strided(shape, stride, dtype=dtype).copy_(value)
-    return value, StoredTensor(row["tensor"], source, name, way)
+    return value, place
 
 
 def _registrar(parse: Parse) -> Callable[[str], None]:

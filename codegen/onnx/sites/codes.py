@@ -6,30 +6,34 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from sparc import codes as diagnostic_codes
 from sparc.codegen.onnx.emit import Emitter
 from sparc.codegen.onnx.sites.match import Encoded
+from sparc.codegen.onnx.store import Origin
 from sparc.codegen.onnx.types import onnx_type
 from sparc.encoding.int_grid import IntGrid
-from sparc.program import weight_nodes
+from sparc.encoding.mask import MaskEncoding
+from sparc.program import location, weight_nodes
+from sparc.target import Masked
 
 
 @dataclass(frozen=True)
 class IntMatrix:
     """An integer matrix `[out, reduce]` behind a site, and where its parts are stored.
 
-    Codes that another encoding hides (a mask around integers) are stored as they decode.
+    Codes that a mask hides are stored for every element, because ONNX has no operator for zeros.
 
     Args:
         e: the emitter.
         weight: the encoded weight.
         grid: the integer grid.
-        derived: codes and grid tensors that are no program weights; None when the parts are.
+        derived: the codes, packed, where they are no program weight.
     """
 
     e: Emitter
     weight: Encoded
     grid: IntGrid
-    derived: dict[str, Tensor] | None = None
+    derived: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,8 +48,8 @@ class IntMatrix:
 
     def part(self, name: str) -> Tensor:
         """A stored part."""
-        if self.derived is not None:
-            return self.derived[name]
+        if self.derived is not None and name == "codes":
+            return self.derived
         return self.e.program.weights[self.weight.parts[name]]
 
     def read(
@@ -58,10 +62,10 @@ class IntMatrix:
         dims: tuple[int, ...] | None = None,
     ) -> ir.Value:
         """An initializer over a part in a layout."""
-        if self.derived is not None:
-            return self.e.derived(
-                f"{self.weight.site}_{name}", self.derived[name], layout, shape, dtype=dtype, dims=dims
-            )
+        if self.derived is not None and name == "codes":
+            of = masked_origin(self.weight)
+            name = f"{self.weight.site}_all_codes"
+            return self.e.derived(name, self.derived, layout, shape, dtype=dtype, dims=dims, of=of)
         return self.e.weight(self.weight.parts[name], layout, shape, dtype=dtype, dims=dims)
 
     # 8-bit codes ------------------------------------------------------------------------------------------------------
@@ -118,7 +122,7 @@ def int_matrix(e: Emitter, weight: Encoded) -> IntMatrix | None:
     """The integer matrix behind a weight: its own grid, or the one inside a mask; None when there is none."""
     if weight.grid is not None:
         return IntMatrix(e, weight, weight.grid)
-    inner = getattr(weight.spec, "of", None)
+    inner = weight.spec.of if isinstance(weight.spec, MaskEncoding) else None
     if not isinstance(inner, IntGrid):
         return None
     tensors = weight.tensors(e.program)
@@ -127,4 +131,21 @@ def int_matrix(e: Emitter, weight: Encoded) -> IntMatrix | None:
     codes = inner.codes(dense, grid)
     if not torch.equal(inner.values(codes, grid, torch.float32), dense):
         return None
-    return IntMatrix(e, weight, inner, {"codes": inner.pack(codes), **grid})
+    say_dense(e, weight, f"ONNX has no operator for the zeros of {weight.spec}: they are stored and multiplied")
+    return IntMatrix(e, weight, inner, inner.pack(codes))
+
+
+def masked_origin(weight: Encoded) -> Origin:
+    """What a tensor with the codes of all elements stores: the kept codes too, so that they need not be written."""
+    if not isinstance(weight.spec, MaskEncoding):
+        return Origin(weight.site)
+    parts = {name: weight.parts[name] for name in weight.spec.mask_names}
+    return Origin(weight.site, weight.parts["codes"], Masked(str(weight.spec), weight.matrix_shape, parts))
+
+
+def say_dense(e: Emitter, weight: Encoded, why: str) -> None:
+    """A remark, and a note in the site's row of the report."""
+    e.notes[weight.site] = why
+    if weight.grid is None:
+        what = f"{weight.site} runs dense"
+        e.diagnostics.remark(diagnostic_codes.DENSE_FALLBACK, what, where=location(weight.node), why=why)

@@ -7,14 +7,15 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from sparc import codes as diagnostic_codes
 from sparc.codegen.onnx.emit import Emitter
-from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
-from sparc.codegen.onnx.sites.match import match_encoded
+from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix, masked_origin, say_dense
+from sparc.codegen.onnx.sites.match import Encoded, match_encoded
 from sparc.codegen.onnx.sites.product import Product
-from sparc.program import location
+from sparc.codegen.onnx.store import Origin
+from sparc.encoding.dense import Dense
 from sparc.target import KernelUse
 
+_WHY_MASKED = "ONNX has no operator for {}: its zeros are stored, and expanded when the file is loaded"
 _WHY_FOLDED = "ONNX Runtime has no fast operator for it and expands it when it loads the file"
 
 
@@ -90,25 +91,24 @@ def decode_weight(e: Emitter, node: fx.Node) -> ir.Value | None:
         return None
     w = int_matrix(e, weight)
     if w is None:
-        tensor = node.target(*_concrete(e, node))  # type: ignore[operator]
-        dense, note = e.derived(weight.site, tensor), f"ONNX has no operator for {weight.spec}: it is stored dense"
+        dense = _stored_dense(e, weight)
+        say_dense(e, weight, f"ONNX has no operator for {weight.spec}: it is stored dense")
     else:
-        dense, note = folded(e, w), _WHY_FOLDED
-        if w.derived is not None:
-            note = f"ONNX has no operator for {weight.spec}: its zeros are stored, and expanded when the file is loaded"
-    if weight.grid is None:
-        e.diagnostics.remark(
-            diagnostic_codes.DENSE_FALLBACK, f"{weight.site} runs dense", where=location(node), why=note
-        )
+        dense = folded(e, w)
+        say_dense(e, weight, _WHY_FOLDED if w.derived is None else _WHY_MASKED.format(weight.spec))
     size = math.prod(weight.shape) * weight.dtype.itemsize
     operator = ", ".join(dict.fromkeys(str(user.target).split(".")[1] for user in node.users))
-    e.carry(weight.site, KernelUse(operator, size, note))
+    e.carry(weight.site, KernelUse(operator, size))
     return dense
 
 
-def _concrete(e: Emitter, node: fx.Node) -> tuple[Any, ...]:
-    parts, *rest = node.args
-    return [e.program.weights[str(part.target)] for part in parts], *rest  # type: ignore[union-attr]
+def _stored_dense(e: Emitter, weight: Encoded) -> ir.Value:
+    """The decoded weight as a tensor; its matrix in a layout where that is its own, so that a mask can be undone."""
+    matrix = weight.spec.decode(weight.tensors(e.program), weight.matrix_shape, weight.dtype)
+    layout = {"matrix": "identity", "conv": "reshape", "transposed": "transpose"}.get(weight.view.kind)
+    if layout is None or not isinstance(getattr(weight.spec, "of", None), Dense):
+        return e.derived(weight.site, weight.view.from_matrix(matrix, weight.shape), of=Origin(weight.site))
+    return e.derived(weight.site, matrix, layout, weight.shape, of=masked_origin(weight))
 
 
 def folded(e: Emitter, w: IntMatrix) -> ir.Value:
