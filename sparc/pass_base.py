@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from sparc import codes
 from sparc.analysis.sites import Site, find_sites
 from sparc.contract import Contract
 from sparc.diag import Diagnostics, Location
-from sparc.encoding.base import options_text
+from sparc.encoding.base import Encoding, options_text
 from sparc.ledger import SkipRow
 from sparc.program import Program, location
 
@@ -72,7 +72,8 @@ class Pass(ABC):
                         yield use.input, kind
 
     def __str__(self) -> str:
-        return f"{self.name}({options_text(self)})"
+        encodings = [field.name for field in fields(self) if isinstance(getattr(self, field.name), Encoding)]
+        return f"{self.name}({options_text(self, encodings)})"
 
 
 @dataclass

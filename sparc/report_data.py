@@ -59,7 +59,7 @@ def measured_text(measured: Mapping[str, float]) -> str:
 
 
 def pass_text(row: PassRow) -> str:
-    """A pass and where it ran, when that is not everywhere: `round() where layers.*`."""
+    """A pass and where it ran, when that is not everywhere: `clean_up() where layers.*`."""
     where = row.where.removeprefix("*").strip()
     if not where:
         return row.name

@@ -52,7 +52,7 @@ def make_ledger() -> Ledger:
     measured = {"snr_db": float("inf")}
     ledger.passes.append(PassRow("round(bits=8)", "*", "approximate", 1, 2, [skip], measured, 500, 200, seconds=1.5))
     source = "model.py:3 in forward"
-    ledger.sites.append(SiteRow("fc.weight", "fc", source, "linear", "IntGrid()", "", 41.5, 128, 48, 48, "MatMulNBits"))
+    ledger.sites.append(SiteRow("fc.weight", "fc", source, "linear", "IntGrid(bits=8)", "", 41.5, 128, 48, 48, "Gemm"))
     ledger.summary.errors = {"hidden": {"relative error": 0.01}}
     ledger.summary.latencies = [Ratio("eager torch", 0.5, 0.4, 0.6, 30)]
     return ledger

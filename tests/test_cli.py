@@ -238,7 +238,7 @@ def test_inspect_shows_report_files_and_recipe(capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert run(["inspect", "out"]) == 0
     text = capsys.readouterr().out
-    for part in ("weights.safetensors", "[[steps]]", "IntGrid()", "up.weight", "target reference"):
+    for part in ("weights.safetensors", "[[steps]]", "IntGrid(bits=8)", "up.weight", "target reference"):
         assert part in text
 
 

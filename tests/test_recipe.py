@@ -97,6 +97,13 @@ def refused(call: Any, *args: Any) -> PassError:
 
 
 # both ways ------------------------------------------------------------------------------------------------------------
+def test_a_pass_says_its_encodings_and_what_differs_from_the_defaults() -> None:
+    assert str(Round()).startswith("round(encoding=IntGrid(bits=8)")
+    assert str(Round(IntGrid(4), search=True)).startswith("round(encoding=IntGrid(bits=4), search=True")
+    assert str(Cut()) == "cut()"
+    assert "encoding" not in Recipe((Step(Round()),)).to_toml()
+
+
 def test_a_recipe_reads_as_written() -> None:
     text = """\
 name = "mine"
@@ -110,7 +117,7 @@ where = ["*.mlp", "!*.mlp.0"]
 pass = "round"
 encoding = "IntGrid(bits=4, group=32)"
 search = true
-candidates = ["IntGrid(bits=4)", "NM(of=IntGrid())"]
+candidates = ["IntGrid(bits=4)", "NM(n=2, m=4, of=IntGrid(bits=8))"]
 
 [[steps]]
 pass = "round"

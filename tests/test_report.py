@@ -23,7 +23,16 @@ def make_report(layers: int = 30, name: str = "layers") -> Report:
     ledger.passes = [
         PassRow("merge_common()", contract="exact"),
         PassRow(
-            "round()", "*", "approximate(snr_db)", 7, 7, skips, {"worst snr_db": 12.5, "restored": 1.0}, 4000, 1000, 2.5
+            "round(encoding=IntGrid(bits=8))",
+            "*",
+            "approximate(snr_db)",
+            7,
+            7,
+            skips,
+            {"worst snr_db": 12.5, "restored": 1.0},
+            4000,
+            1000,
+            2.5,
         ),
     ]
     for index in range(layers):
@@ -230,9 +239,9 @@ def test_encodings_group_with_their_inputs_and_dense_comes_last() -> None:
     sites = [SiteRow("a", dense_bytes=100), SiteRow("b", encoding=INT4, dense_bytes=1, snr_db=10.0)]
     sites += [
         SiteRow("c", encoding=INT4, dense_bytes=2, snr_db=30.0),
-        SiteRow("d", encoding=INT4, activation="IntGrid()", dense_bytes=1),
+        SiteRow("d", encoding=INT4, activation="IntGrid(bits=8)", dense_bytes=1),
     ]
     groups = report_data.by_encoding(sites)
     found = [(group.encoding, group.activation, group.sites) for group in groups]
-    assert found == [(INT4, "", 2), (INT4, "IntGrid()", 1), ("dense", "", 1)]
+    assert found == [(INT4, "", 2), (INT4, "IntGrid(bits=8)", 1), ("dense", "", 1)]
     assert (groups[0].worst, groups[0].middle) == (10.0, 20.0)

@@ -5,9 +5,9 @@ bitwise: `decode(encode(round(w, grid), grid)) == round(w, grid)`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -21,7 +21,13 @@ _MAX_ROUNDS = 8
 
 @dataclass(frozen=True)
 class Encoding(ABC):
-    """A frozen dataclass whose fields are its options; `str(encoding)` is its spec, which `sparc::decode` carries."""
+    """A frozen dataclass whose fields are its options; `str(encoding)` is its spec, which `sparc::decode` carries.
+
+    Class attribute: `shown`, the options that the spec says even at their defaults, because readers of reports need
+    them.
+    """
+
+    shown: ClassVar[tuple[str, ...]] = ()
 
     def __str__(self) -> str:
         return spec_text(self)
@@ -141,15 +147,20 @@ class ElementEncoding(Encoding):
 
 def spec_text(encoding: Encoding) -> str:
     """`IntGrid(bits=4, group=32)`: the encoding's name and its options."""
-    return f"{type(encoding).__name__}({options_text(encoding)})"
+    return f"{type(encoding).__name__}({options_text(encoding, encoding.shown)})"
 
 
-def options_text(options: Any) -> str:
-    """The fields of a frozen dataclass that differ from their defaults, in order: `bits=4, group=32`."""
+def options_text(options: Any, shown: Collection[str] = ()) -> str:
+    """The fields of a frozen dataclass, in order, but for those at their defaults: `bits=4, group=32`.
+
+    Args:
+        options: the dataclass.
+        shown: fields that are written at their defaults too.
+    """
     parts = []
     for field in fields(options):
         value = getattr(options, field.name)
-        if value != field.default:
+        if field.name in shown or value != field.default:
             parts.append(f"{field.name}={value if isinstance(value, Encoding) else repr(value)}")
     return ", ".join(parts)
 

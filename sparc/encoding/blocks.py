@@ -34,6 +34,8 @@ class Blocks(MaskEncoding):
         of: how kept elements are stored; its groups count the columns of the dense matrix.
     """
 
+    shown = ("size",)
+
     size: tuple[int, int] = (64, 64)
     of: ElementEncoding = Dense()
 

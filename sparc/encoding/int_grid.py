@@ -31,6 +31,8 @@ class IntGrid(ElementEncoding):
         scale_dtype: the dtype of scales and floating minima. Values are always computed in float32.
     """
 
+    shown = ("bits",)
+
     bits: int = 8
     group: int | Literal["channel", "tensor"] = "channel"
     symmetric: bool = True

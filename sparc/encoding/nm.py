@@ -31,6 +31,8 @@ class NM(MaskEncoding):
         of: how kept elements are stored; its groups count the columns of the dense matrix.
     """
 
+    shown = ("n", "m")
+
     n: int = 2
     m: int = 4
     of: ElementEncoding = Dense()

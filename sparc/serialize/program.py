@@ -3,7 +3,7 @@
     {"version": 1, "entries": {"forward": {...}}, "aliases": {"lm_head.weight": "embed.weight"},
      "weights": {"fc.weight": {"dtype": "float32", "shape": [16, 8], "tensor": "fc.weight", "layout": "identity",
                                "stride": [1, 16]?, "origins": ["fc.weight"], "trainable": true?,
-                               "grid": {"spec": "IntGrid()", "view": "matrix", "tensors": {"scale": {...}}}?}}}
+                               "grid": {"spec": "IntGrid(bits=8)", "view": "matrix", "tensors": {"scale": {...}}}?}}}
 
 The numbers lie in a safetensors file: `tensor` names the stored tensor, and `layout` (`sparc.layout`) says how it was
 stored. With `masked`, the tensor holds the codes of every element, and the weight is what the mask keeps of them

@@ -41,7 +41,7 @@ def test_rounding_keeps_the_mask():
     pruned = NM(2, 4).fit(weight)
     zeroed = NM(2, 4).round(weight, pruned)
     grid = refit(Grid(pruned.spec, pruned.tensors, "conv"), zeroed, IntGrid(4, 32, symmetric=False, zero="minimum"))
-    assert str(grid.spec) == "NM(of=IntGrid(bits=4, group=32, symmetric=False, zero='minimum'))"
+    assert str(grid.spec) == "NM(n=2, m=4, of=IntGrid(bits=4, group=32, symmetric=False, zero='minimum'))"
     assert grid.view == "conv"
     assert torch.equal(grid.tensors["mask"], pruned.tensors["mask"])
     rounded = grid.spec.round(zeroed, grid)

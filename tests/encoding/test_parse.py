@@ -3,11 +3,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparc.diag import PassError
+from sparc.encoding.base import Encoding
 from sparc.encoding.blocks import Blocks
 from sparc.encoding.dense import Dense
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
 from sparc.encoding.parse import BUILTIN, parse_spec
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        (IntGrid(), "IntGrid(bits=8)"),
+        (IntGrid(4, "channel", False), "IntGrid(bits=4, symmetric=False)"),
+        (NM(of=IntGrid()), "NM(n=2, m=4, of=IntGrid(bits=8))"),
+        (NM(), "NM(n=2, m=4)"),
+        (Blocks(), "Blocks(size=(64, 64))"),
+        (Dense(), "Dense()"),
+    ],
+)
+def test_a_spec_says_what_a_report_needs_and_nothing_else(encoding: Encoding, text: str) -> None:
+    assert str(encoding) == text
+    assert parse_spec(text) == encoding
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_masks_are_encoded() -> None:
     model, inputs = models()["linear"]
     program = run(model, inputs, Prune(NM(2, 4)), Encode())
     assert program.weights["0.weight_codes"].shape == (24, 12)
-    assert [str(node.args[1]) for node in decodes(program)] == ["NM()", "NM()"]
+    assert [str(node.args[1]) for node in decodes(program)] == ["NM(n=2, m=4)", "NM(n=2, m=4)"]
 
 
 def test_it_works_at_every_dtype() -> None:

@@ -229,7 +229,7 @@ def test_odd_weights_are_skipped_with_their_reasons() -> None:
 
 def test_a_weight_that_would_not_shrink_is_skipped() -> None:
     found = reasons(nn.Linear(1, 16), (torch.randn(2, 1),), IntGrid(8))
-    assert found == {"weight": "it takes 64 bytes as it is and 80 as IntGrid()"}
+    assert found == {"weight": "it takes 64 bytes as it is and 80 as IntGrid(bits=8)"}
 
 
 def test_what_the_encoding_does_not_accept_is_skipped() -> None:
