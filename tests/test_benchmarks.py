@@ -1,0 +1,52 @@
+"""`python -m benchmarks`: which cases it starts, each in a process of its own."""
+
+import subprocess
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import __main__ as command
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    cases: list[str] = []
+
+    def run(arguments: list[str], **options: Any) -> Any:
+        cases.append(arguments[-1])
+        return subprocess.CompletedProcess(arguments, 3 if arguments[-1] == "twin" else 0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    return cases
+
+
+def invoke(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.command()(command.main)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_help_starts_nothing(started: list[str]) -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert "compile-time" in result.output
+    assert not started
+
+
+def test_named_cases_run_in_order(started: list[str]) -> None:
+    assert invoke("smollm2", "minilm").exit_code == 0
+    assert started == ["smollm2", "minilm"]
+
+
+def test_all_cases_run_though_one_fails(started: list[str]) -> None:
+    result = invoke()
+    assert result.exit_code == 1
+    assert "failed: twin" in result.output
+    assert started == list(command.CASES)
+
+
+def test_a_misspelt_case_starts_nothing(started: list[str]) -> None:
+    assert invoke("minilm", "twn").exit_code == 2
+    assert not started
