@@ -1,11 +1,12 @@
 """The boundary to torch.export: a model and example inputs in, a Program out, or a refusal with the user's own line."""
 
+import io
 import logging
 import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch.utils import _pytree as pytree
 from sparc import codes
 from sparc.diag import CaptureError, Diagnostics, Location
 from sparc.dimensions import dimensions, fixed, named_forward, refine, tile
-from sparc.functional import functionalize, is_impure
-from sparc.program import Entry, Program, Weight, WeightStore
+from sparc.functional import draws, functionalize, is_impure
+from sparc.program import Entry, Program, Weight, WeightStore, location
 from sparc.signature import Leaf, Signature, Structure, bind_examples, describe_inputs
 from sparc.source import short_path, source_line
 
@@ -58,6 +59,7 @@ def capture(
     model.eval()
     try:
         output = _call_eagerly(model, named)
+        _check_output(output)
         exported, symbol_names = _export(model, named, leaves, dynamic or {}, diagnostics)
     finally:
         for module in training:
@@ -130,6 +132,17 @@ def _call_eagerly(model: nn.Module, named: Mapping[str, Any]) -> Any:
         ) from None
 
 
+def _check_output(output: Any) -> None:
+    for leaf in pytree.tree_leaves(output):
+        if not isinstance(leaf, (Tensor, int, float, str, type(None))):
+            raise CaptureError(
+                codes.OUTPUT_STRUCTURE,
+                f"the model returns a {type(leaf).__name__}",
+                why="torch does not know how to take it apart into tensors",
+                hint="return tensors in standard containers, or turn the output off (use_cache=False, for example)",
+            )
+
+
 # the export ---------------------------------------------------------------------------------------------------------
 def _export(
     model: nn.Module, named: Mapping[str, Any], leaves: tuple[Leaf, ...], dynamic: Dynamic, diagnostics: Diagnostics
@@ -188,12 +201,12 @@ def _refusal(error: BaseException) -> CaptureError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's own logging and warnings off the terminal; what matters comes back as an exception."""
+    """Keep torch's logging, warnings and prints of half a graph off the terminal; what matters is in the exception."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -270,7 +283,20 @@ def to_program(
     )
     program = Program(weights, {entry: Entry(graph, full, fake_mode, names)})  # type: ignore[arg-type]
     program.sweep()
+    _refuse_random(program)
     return program
+
+
+def _refuse_random(program: Program) -> None:
+    for _, node in program.nodes():
+        if draws(node):
+            raise CaptureError(
+                codes.UNSUPPORTED_OPERATOR,
+                f"the model draws random numbers with {node.target}",
+                where=location(node),
+                why="no two runs agree, so nothing that is done to the model could be checked",
+                hint="make what is drawn an input of forward()",
+            )
 
 
 def _weights(exported: ExportedProgram, parameters: Mapping[str, Tensor]) -> tuple[WeightStore, dict[str, str]]:

@@ -118,19 +118,22 @@ def fixed(leaf: str, axis: int, name: str, why: str) -> CaptureError:
 
 def _narrowed(name: str, bounds: Mapping[str, int], diagnostics: Diagnostics) -> Any:
     words = {"min": "at least", "max": "at most"}
-    words = {"min": "at least", "max": "at most"}
     text = " and ".join(f"{words[key]} {value}" for key, value in bounds.items())
     diagnostics.remark(codes.RANGE_NARROWED, f"dimension {name!r} must be {text}")
     return Dim(name, **bounds)
 
 
 def _with_ranges(shapes: Any, ranges: Mapping[str, Any]) -> Any:
+    asked = _named(shapes)
+    if all(name in asked and _range(asked[name]) == _range(dimension) for name, dimension in ranges.items()):
+        names = ", ".join(map(repr, ranges))
+        why = f"torch.export cannot prove the model's conditions on {names} even in the range where they hold"
+        raise CaptureError(codes.DYNAMIC_DIMENSION, "the dynamic dimensions could not be settled", why=why)
     return pytree.tree_map_only(_DIM, lambda dimension: ranges.get(dimension.__name__, dimension), shapes)
 
 
 def _refine_by_guards(message: str, shapes: Any, sizes: Mapping[str, int], diagnostics: Diagnostics) -> Any | None:
-    leaves = pytree.tree_leaves(shapes)
-    found = {dimension.__name__: dimension for dimension in leaves if isinstance(dimension, _DIM)}
+    found = _named(shapes)
     ranges: dict[str, Any] = {}
     for name, size, guard in _GUARD.findall(message):
         holds = _guard(guard.replace(size, name), name)
@@ -143,17 +146,25 @@ def _refine_by_guards(message: str, shapes: Any, sizes: Mapping[str, int], diagn
             low -= 1
         while high < ceiling and holds(high + 1):
             high += 1
-        bounds = {"min": low} if low > floor else {}
+        bounds = {"min": low} if low > 2 or int(before.min) >= 2 or not holds(1) else {}
         bounds |= {"max": high} if high < ceiling or _upper(before) <= _SEARCHED else {}
         ranges[name] = Dim(name, **bounds)
     for name, dimension in ranges.items():
-        bounds = {"min": int(dimension.min)} if dimension.min > 2 else {}
+        bounds = {"min": int(dimension.min)} if dimension.min >= 2 else {}
         bounds |= {"max": int(dimension.max)} if _upper(dimension) <= _SEARCHED else {}
         if (low := bounds.get("min", 2)) == bounds.get("max"):
             what, why = f"dimension {name!r} cannot vary", f"the model fixes it to {low}"
             raise CaptureError(codes.DYNAMIC_DIMENSION, what, why=why)
         _narrowed(name, bounds, diagnostics)
     return _with_ranges(shapes, ranges) if ranges else None
+
+
+def _named(shapes: Any) -> dict[str, Any]:
+    return {each.__name__: each for each in pytree.tree_leaves(shapes) if isinstance(each, _DIM)}
+
+
+def _range(dimension: Any) -> tuple[int, int]:
+    return int(dimension.min), _upper(dimension)
 
 
 def _upper(dimension: Any) -> int:

@@ -23,6 +23,8 @@ aten = torch.ops.aten
 
 _TYPE_ONLY = {"detach_", "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
 _LISTS = ("split", "split_with_sizes", "chunk", "unbind")
+_SAME = ("alias", "detach", "to", "contiguous", "lift_fresh", "type_as", "dropout", "resolve_conj", "resolve_neg")
+_RESHAPED = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as")
 _ALWAYS_VIEWS = ("slice", "select", "transpose", "permute", "unsqueeze", "t", "view")
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
@@ -35,6 +37,15 @@ def is_impure(node: fx.Node) -> bool:
 def is_mutable(node: fx.Node) -> bool:
     """Whether a node writes to one of its arguments."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a node's result depends on random numbers: dropout of nothing, or outside training, does not."""
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = normalized_arguments(node)
+    off = any(given.get(name) is False for name in ("train", "training"))
+    return not off and given.get("dropout_p", given.get("p")) != 0
 
 
 def functionalize(exported: ExportedProgram) -> ExportedProgram:
@@ -140,7 +151,8 @@ class _Writes:
         memory = self.memory[written]
         here = self.position[node]
         earlier = [each for each, known in self.memory.items() if known is not None and known == memory]
-        family = [each for each in earlier if self.position[each] <= here and each is not node]
+        family = sorted((each for each in earlier if each is not node), key=lambda each: self.position[each])
+        family = [each for each in family if self.position[each] <= here]
         type_only = node.target._opname in _TYPE_ONLY  # type: ignore[union-attr]
         if not type_only:
             self._refuse_state(node, family)
@@ -245,9 +257,9 @@ class _Writes:
             rank = len(rest[0])  # type: ignore[arg-type]
             order = [int(axis) % rank for axis in rest[0]]  # type: ignore[arg-type, union-attr]
             return self._call(write, aten.permute.default, value, [order.index(axis) for axis in range(rank)])
-        if name in ("alias", "detach", "to", "contiguous", "lift_fresh"):
+        if name in _SAME:
             return value
-        if name in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"):
+        if name in _RESHAPED:
             return self._call(write, aten.reshape.default, value, self._sizes(write, parent))
         if view.target is operator.getitem:
             return self._piece(write, view, parent, value)

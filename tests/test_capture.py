@@ -155,6 +155,39 @@ def test_training_flags_are_restored_and_dropout_is_off():
     assert torch.equal(program.run(X), X)
 
 
+def test_random_numbers_are_refused_with_their_line():
+    code, text = refused(Model(lambda m, x, y: x + torch.randn_like(x)), (X,))
+    assert code == "SPARC111"
+    assert "randn" in text
+    assert "test_capture.py" in text
+    capture(Model(lambda m, x, y: (x, torch.rand(3))[0]), (X,))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    capture(Model(lambda m, x, y: attention(x[None], x[None], x[None])), (X,))
+
+
+def test_an_output_of_unknown_structure_is_refused():
+    code, text = refused(Model(lambda m, x, y: {"x": x, "cache": Model(None)}), (X,))
+    assert code == "SPARC109"
+    assert "returns a Model" in text
+
+
+def test_a_range_that_torch_keeps_refusing_is_refused_at_once():
+    def function(m, x, y):  # false only where the size is 1, which torch cannot prove to be excluded
+        n = x.shape[0]
+        return x * 2 if (2 * n - 1) % n != 0 else x
+
+    code, text = refused(Model(function), {"x": X}, dynamic={"x": {0: "rows"}})
+    assert code == "SPARC104"
+    assert "cannot prove" in text
+
+
+def test_torch_prints_nothing_when_it_refuses(capfd):
+    refused(Model(lambda m, x, y: x.view(int(x.sum().item()), -1)), (X,))
+    printed = capfd.readouterr()
+    assert not printed.out
+    assert not printed.err
+
+
 def test_keyword_inputs_that_kwargs_takes():
     class Keywords(nn.Module):
         def forward(self, x, **kwargs):

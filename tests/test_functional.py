@@ -95,9 +95,19 @@ def two_writes_through_one_view(y):
     return y.sum(0), part
 
 
+def through_one_view_in_turn(y):
+    same = y.type_as(y)
+    same[1:] += 1
+    same[:, 0] *= 2
+    y[0] += 3
+    same[2:].view_as(same[2:]).sub_(y[:2])
+    return same, y
+
+
 CASES = [
     fresh_and_read, read_before_and_after, through_slices, view_read_later, through_transpose, through_split,
     through_reshape, copied_by_reshape, indexed, logic, diagonal, two_writes_through_one_view,
+    through_one_view_in_turn,
 ]  # fmt: skip
 
 

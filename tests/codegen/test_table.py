@@ -211,6 +211,19 @@ INDEX = {
         a.select_scatter(b[:, 0], 1, 2),
     ),
 }
+COMPLEX = {
+    "rotary": lambda a, b: torch.view_as_real(
+        torch.view_as_complex(a.reshape(2, 3, 2, 2))
+        * torch.polar(torch.ones_like(b[0, :, :2]), b[0, :, :2]).unsqueeze(-3)
+    ),
+    "products": lambda a, b: (
+        torch.view_as_real(torch.polar(a, b) * 0.5),
+        torch.view_as_real(2 * torch.polar(a, b)),
+        torch.view_as_real(a[0] * torch.polar(a, b)),
+        torch.view_as_real(torch.polar(a[0], b[0]) * torch.polar(b, a)),
+        torch.view_as_real(torch.polar(a, b).unsqueeze(-1)),
+    ),
+}
 GROUPS = {
     "arithmetic": ARITHMETIC,
     "activation": ACTIVATION,
@@ -219,6 +232,7 @@ GROUPS = {
     "reduction": REDUCTION,
     "matrix": MATRIX,
     "index": INDEX,
+    "complex": COMPLEX,
 }
 CASES = [
     pytest.param(function, id=f"{group}-{name}") for group, each in GROUPS.items() for name, function in each.items()
