@@ -191,9 +191,12 @@ def _export_refining(
 
 
 def _refusal(error: BaseException) -> CaptureError:
+    kind = type(error).__name__
     return CaptureError(
         codes.CAPTURE_FAILED,
-        f"torch.export stopped with {type(error).__name__}",
+        "what the model computes depends on the values of a tensor"
+        if kind == "GuardOnDataDependentSymNode"
+        else f"torch.export stopped with {kind}",
         where=_user_frame(error),
         why=_first_lines(error),
     )

@@ -8,13 +8,14 @@ from torch import Tensor, fx, nn
 
 from sparc import codes
 from sparc.analysis.sites import Site, find_sites
-from sparc.diag import Diagnostic, VerifyError
+from sparc.diag import Diagnostic, SparcError, VerifyError
 from sparc.encoding.operators import is_decode
 from sparc.ledger import Ratio, SiteRow, Summary
 from sparc.measure import paired_ratio
 from sparc.pass_base import Samples
 from sparc.program import Program
 from sparc.serialize.program import place_weights
+from sparc.source import raised_at
 from sparc.target import Emission, Runner
 from sparc.verify import measure_sites, output_errors
 
@@ -189,14 +190,23 @@ def check_metric(metric: Callable[[Any], Any] | None, artifact: Any) -> float | 
     """What the user's metric says of the artifact.
 
     Raises:
-        VerifyError: SPARC303 when it returns False.
+        VerifyError: SPARC303 when it returns False or no number, or raises.
     """
     if metric is None:
         return None
-    value = metric(artifact)
-    if value is False:
-        raise VerifyError(codes.METRIC_FAILED, "the user's metric failed", why="metric(artifact) returned False")
-    return float(value)
+    try:
+        value = metric(artifact)
+        if value is not False:
+            return float(value)
+    except SparcError:
+        raise
+    except Exception as error:  # the user's own code
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        hint = "metric(artifact) returns a number, or False to stop"
+        raise VerifyError(
+            codes.METRIC_FAILED, "metric= gave no number", where=raised_at(error), why=why, hint=hint
+        ) from error
+    raise VerifyError(codes.METRIC_FAILED, "the user's metric failed", why="metric(artifact) returned False")
 
 
 def skip_reasons(diagnostics: Iterable[Diagnostic]) -> dict[str, str]:

@@ -34,12 +34,18 @@ class FileRecord:
 
 # writing ------------------------------------------------------------------------------------------------------------
 @contextmanager
-def writing() -> Iterator[None]:
-    """Turn an operating system's refusal to write into SPARC505."""
+def writing(name: str) -> Iterator[None]:
+    """Turn an operating system's refusal to write the file or folder of this name into SPARC505."""
     try:
         yield
     except OSError as error:
-        raise ArtifactError(codes.WRITE_FAILED, "nothing was saved", why=_reason(error)) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise ArtifactError(
+            codes.WRITE_FAILED,
+            f"{name} could not be written, and nothing was saved",
+            why="no space is left on the disk" if full else _reason(error),
+            hint="" if full else "choose another place",
+        ) from None
 
 
 def write_file(path: Path, chunks: Iterable[Buffer]) -> FileRecord:
@@ -64,7 +70,7 @@ def replace_file(path: str | Path, content: Buffer | Iterable[Buffer]) -> None:
     target = _final(path)
     temporary = _beside(target, "new")
     chunks = [content] if isinstance(content, (bytes, bytearray, memoryview)) else content
-    with writing():
+    with writing(target.name):
         try:
             write_file(temporary, chunks)
             os.replace(temporary, target)
@@ -90,7 +96,7 @@ def new_folder(path: str | Path, may_replace: Callable[[Path], str | None]) -> I
     """
     check_destination(path, may_replace)
     target = _final(path)
-    with writing():
+    with writing(target.name):
         made = _make_parents(target.parent)
         temporary = _beside(target, "new")
         try:
@@ -174,8 +180,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def _reason(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space is left on the disk"
     return error.strerror or type(error).__name__
 
 

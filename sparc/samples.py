@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from sparc import codes
-from sparc.diag import CaptureError, Diagnostics
+from sparc.diag import CaptureError, Diagnostics, SparcError
+from sparc.inputs import InputCheck
 from sparc.pass_base import Samples
 from sparc.program import Program
 from sparc.progress import collect
+from sparc.source import raised_at
 
 Data = Iterable[Any] | Callable[[], Iterable[Any]] | None
 _LIMIT = 1024
+_FINITE = "give example_inputs and data= without NaN"
 _HELD_OUT_SHARE = 4
 
 
@@ -35,8 +38,7 @@ def make_samples(program: Program, examples: Any, data: Data, diagnostics: Diagn
         diagnostics.remark(codes.SYNTHETIC_DATA, "measurements ran on synthetic inputs", why="data= was not given")
         made = [example, *(vary(example, seed) for seed in (1, 2))]
         return Samples({entry: made[:2]}, {entry: made[1:]}, True, {entry: example})
-    items = collect(data() if callable(data) else data, "reading data", _LIMIT)
-    bound = [bind(program, item) for item in items]
+    bound = [bind(program, item) for item in _read(data)]
     if not bound:
         raise CaptureError(
             codes.INPUTS_MISSING, "data= is empty", hint="give at least one input, better sixteen or more"
@@ -44,6 +46,16 @@ def make_samples(program: Program, examples: Any, data: Data, diagnostics: Diagn
     held_out = bound[_HELD_OUT_SHARE - 1 :: _HELD_OUT_SHARE] or [example]
     calibration = [item for index, item in enumerate(bound) if index % _HELD_OUT_SHARE != _HELD_OUT_SHARE - 1]
     return Samples({entry: held_out}, {entry: calibration or bound}, False, {entry: example})
+
+
+def _read(data: Iterable[Any] | Callable[[], Iterable[Any]]) -> list[Any]:
+    try:
+        return collect(data() if callable(data) else data, "reading data", _LIMIT)
+    except SparcError:
+        raise
+    except Exception as error:  # the user's own code
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise CaptureError(codes.INPUTS_MISSING, "data= could not be read", where=raised_at(error), why=why) from error
 
 
 def bind(program: Program, item: Any) -> list[Tensor]:
@@ -55,23 +67,31 @@ def bind(program: Program, item: Any) -> list[Tensor]:
     signature = program.main.signature
     try:
         if isinstance(item, Mapping):
-            known = {name: value for name, value in item.items() if name in signature.parameters}
-            return signature.bind((), known)
-        return signature.bind(item if isinstance(item, (tuple, list)) else (item,), {})
+            tensors = signature.bind((), {name: value for name, value in item.items() if name in signature.parameters})
+        else:
+            tensors = signature.bind(item if isinstance(item, (tuple, list)) else (item,), {})
+        InputCheck(program.main)(tensors)
     except Exception as error:  # ArtifactError of a mismatch, or whatever an odd item raises
-        raise CaptureError(
-            codes.INPUTS_MISSING, "an input of data= does not fit the model", why=str(error).splitlines()[0]
-        ) from None
+        said = error.diagnostic if isinstance(error, SparcError) else None
+        why = said.what if said is not None else (str(error).splitlines() or [""])[0]
+        what = "an input of data= does not fit the model"
+        raise CaptureError(codes.INPUTS_MISSING, what, why=why, hint=said.hint if said is not None else "") from None
+    for name, tensor in zip(signature.input_names, tensors, strict=True):
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise CaptureError(
+                codes.INPUTS_MISSING, f"input {name!r} contains NaN", why="nothing can be checked on it", hint=_FINITE
+            )
+    return tensors
 
 
 def vary(tensors: list[Tensor], seed: int) -> list[Tensor]:
     """A seeded variation: floats become normal numbers of the same mean and spread, integers of many values are
-    shuffled, flags stay.
+    shuffled; flags stay, and floats that are not all finite (masks).
     """
     generator = torch.Generator().manual_seed(seed)
     varied = []
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.numel() > 1:
+        if tensor.is_floating_point() and tensor.numel() > 1 and bool(tensor.isfinite().all()):
             mean, spread = tensor.double().mean(), tensor.double().std()
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             varied.append((noise * spread + mean).to(tensor.dtype))

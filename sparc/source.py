@@ -2,7 +2,10 @@
 
 import re
 import sys
+import traceback
 from pathlib import Path
+
+from sparc.diag import Location
 
 
 def short_path(path: str) -> str:
@@ -27,3 +30,13 @@ def source_line(stack_trace: str) -> str:
         return ""
     path, line, function = outside[-1]
     return f"{short_path(path)}:{line} in {function}"
+
+
+def raised_at(error: BaseException) -> Location:
+    """The innermost line of the user's code that an exception came through; nowhere if there is none."""
+    own = (str(Path(__file__).parent), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    outside = [frame for frame in frames if "/torch/" not in frame.filename and "/importlib/" not in frame.filename]
+    if not outside:
+        return Location()
+    return Location("", f"{short_path(outside[-1].filename)}:{outside[-1].lineno} in {outside[-1].name}")

@@ -15,25 +15,16 @@ from sparc.ledger import Ledger, PassRow, Ratio, SiteRow, SkipRow
 from sparc.report import Report
 
 INT4 = "IntGrid(bits=4, group=32)"
+INT8_ROUND = "round(encoding=IntGrid(bits=8))"
 
 
 def make_report(layers: int = 30, name: str = "layers") -> Report:
     ledger, diagnostics = Ledger(), Diagnostics()
     skips = [SkipRow(f"{name}.{index}.norm", "it has two uses") for index in range(layers)]
+    measured = {"worst snr_db": 12.5, "restored": 1.0}
     ledger.passes = [
         PassRow("merge_common()", contract="exact"),
-        PassRow(
-            "round(encoding=IntGrid(bits=8))",
-            "*",
-            "approximate(snr_db)",
-            7,
-            7,
-            skips,
-            {"worst snr_db": 12.5, "restored": 1.0},
-            4000,
-            1000,
-            2.5,
-        ),
+        PassRow(INT8_ROUND, "*", "approximate(snr_db)", 7, 7, skips, measured, 4000, 1000, 2.5),
     ]
     for index in range(layers):
         for part, noise in (("up", 20.0 + index), ("down", 40.0 - index / 10)):

@@ -18,6 +18,7 @@ from sparc.codegen.onnx.store import Store, stored_name
 from sparc.codegen.onnx.table import TABLE
 from sparc.diag import LoweringError
 from sparc.program import Program
+from sparc.suggest import hint as suggestion
 from sparc.target import EmitContext, KernelUse, StoredTensor
 
 _DEFAULT_OPSET = {"portable": 21, "cpu": 23, "cuda": 21}
@@ -70,10 +71,10 @@ class OnnxTarget:
             context: where remarks go; the option `opset` overrides the target's; extensions' lowerings.
 
         Raises:
-            LoweringError: SPARC401 for an operator without translation, SPARC407 for an opset that lacks one,
-                SPARC408 when an extension's lowering fails.
+            LoweringError: SPARC209 for an unknown option, SPARC401 for an operator without translation, SPARC407 for an
+                opset that lacks one, SPARC408 when an extension's lowering fails.
         """
-        target = replace(self, opset=int(context.options["opset"])) if context.options.get("opset") else self
+        target = self._with(context.options)
         signatures = [entry.signature for entry in program.entries.values()]
         reserved = frozenset(name for each in signatures for name in (*each.input_names, *each.output_names))
         store = Store(program.weights, reserved)
@@ -91,6 +92,16 @@ class OnnxTarget:
         return OnnxEmission(
             self.name, models, [stored for stored in store.tensors.values() if stored.name in read], kernels
         )
+
+    def _with(self, options: Mapping[str, Any]) -> "OnnxTarget":
+        for name in options:
+            if name != "opset":
+                what = f"target {self.name!r} has no option {name!r}"
+                raise LoweringError(codes.BAD_OPTION, what, hint=suggestion(name, ["opset"], kind="options"))
+        opset = options.get("opset")
+        if opset is not None and (not isinstance(opset, int) or isinstance(opset, bool)):
+            raise LoweringError(codes.BAD_OPTION, f"option 'opset' is {opset!r}", why="expected a number, 18 to 24")
+        return replace(self, opset=opset) if opset else self
 
     def load(self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor]) -> OnnxEmission:
         """The emission of a saved artifact.

@@ -7,11 +7,13 @@ from types import FrameType
 from typing import NoReturn
 
 from sparc.cli import about, bench, compare, compile, inspect
-from sparc.cli.output import print_error
+from sparc.cli.output import err, print_error
 from sparc.cli.root import app
 from sparc.diag import SparcError
 
 __all__ = ["app", "main", "run"]
+
+_INTERRUPTED = 130
 
 for _module in (compile, inspect, compare, bench, about):
     _module.register(app)
@@ -32,6 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         app(args=list(arguments), prog_name="sparc")
     except SystemExit as done:
+        if done.code == _INTERRUPTED:
+            err().print("stopped; nothing was saved")
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except SparcError as error:
         print_error(error.diagnostic, as_json="--json" in arguments)

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ import torch
 from sparc import codes
 from sparc.cli.huggingface import load_folder
 from sparc.diag import CaptureError, Location
-from sparc.source import short_path
+from sparc.source import raised_at
 from sparc.suggest import hint
 
 
@@ -88,6 +87,9 @@ def failed(what: str, *, why: str = "", hint: str = "", where: Location | None =
 
 def _import(named: str) -> Any:
     module_name, _, attribute = named.partition(":")
+    if module_name.endswith(".py"):
+        importable = module_name.removesuffix(".py").replace("/", ".").strip(".")
+        raise failed(f"{named!r} is no import name", why="it names a file", hint=f"write {importable}:{attribute}")
     if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
         raise failed(f"{named!r} is no import name", hint="write pkg.mod:fn")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -140,13 +142,4 @@ def _explained(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise failed(what, why=why, where=_last_line(error)) from None
-
-
-def _last_line(error: BaseException) -> Location:
-    own = str(Path(__file__).parent)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((own, "<"))]
-    outside = [frame for frame in frames if "/torch/" not in frame.filename and "/importlib/" not in frame.filename]
-    if not outside:
-        return Location()
-    return Location("", f"{short_path(outside[-1].filename)}:{outside[-1].lineno} in {outside[-1].name}")
+        raise failed(what, why=why, where=raised_at(error)) from None

@@ -1,0 +1,138 @@
+"""What a user gets wrong: a coded diagnostic that names the thing and says what to do; nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparc
+from sparc import files
+from sparc.capture import capture
+from sparc.cli import run
+from sparc.diag import Diagnostic, Diagnostics
+from sparc.samples import make_samples, vary
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x * 2
+        return x
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8))
+
+
+def compiled(**options: Any) -> Any:
+    given = {"recipe": "dense", "measure": False, "verify": "types", **options}
+    return sparc.compile(given.pop("model", None) or model(), given.pop("example_inputs", (X,)), **given)
+
+
+def refused(action: Callable[[], Any]) -> Diagnostic:
+    with pytest.raises(sparc.SparcError) as caught:
+        action()
+    return caught.value.diagnostic
+
+
+def raises() -> Any:
+    return 1 // 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ({"model": Branch()}, "SPARC101", ["depends on the values", "x.sum() > 0", "test_bad_input.py"]),
+        ({"example_inputs": (X * float("nan"),)}, "SPARC102", ["'input' contains NaN", "without NaN"]),
+        ({"data": [(X,), (X * float("nan"),)]}, "SPARC102", ["'input' contains NaN"]),
+        ({"data": [(X[:, :3],)]}, "SPARC102", ["data=", "size 3 in dimension 1, not 8"]),
+        ({"data": [(X[:3],)]}, "SPARC102", ["size 3 in dimension 0", "declare the dimension in dynamic="]),
+        ({"data": [(X.double(),)]}, "SPARC102", ["float64, not float32"]),
+        ({"data": raises}, "SPARC102", ["data= could not be read", "ZeroDivisionError", "in raises"]),
+        (
+            {"metric": lambda artifact: raises()},
+            "SPARC303",
+            ["metric= gave", "ZeroDivisionError", "in raises"],
+        ),
+        ({"metric": lambda artifact: "good"}, "SPARC303", ["metric= gave no number", "'good'"]),
+        ({"metric": lambda artifact: False}, "SPARC303", ["returned False"]),
+        ({"options": {"opsett": 21}}, "SPARC209", ["'opsett'", "did you mean opset?"]),
+        ({"options": {"opset": "new"}}, "SPARC209", ["'new'", "18 to 24"]),
+        ({"options": {"opset": 99}}, "SPARC407", ["99", "18 to 24"]),
+    ],
+)
+def test_compile_says_what_is_wrong(options: dict[str, Any], code: str, words: list[str]) -> None:
+    found = refused(lambda: compiled(**options))
+    assert found.code.id == code
+    assert [word for word in words if word not in str(found)] == [], str(found)
+
+
+def test_masks_with_infinities_are_inputs_like_any() -> None:
+    mask = torch.zeros(2, 3).masked_fill(torch.tensor([True, False, False]), float("-inf"))
+    (varied,) = vary([mask], 1)
+    assert torch.equal(varied, mask)
+    program = capture(nn.Softmax(-1), (mask,))
+    samples = make_samples(program, (mask,), None, Diagnostics())
+    assert not any(tensor.isnan().any() for batch in samples.held_out["forward"] for tensor in batch)
+
+
+# writing --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("number", "why", "hint"),
+    [(28, "no space is left on the disk", "free some space"), (13, "Permission denied", "choose another place")],
+)
+def test_a_disk_that_refuses_is_named(
+    number: int, why: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, chunks: Any) -> Any:
+        path.write_bytes(b"part")
+        raise OSError(number, os.strerror(number))
+
+    artifact = compiled()
+    monkeypatch.setattr(files, "write_file", refuse)
+    for save in (lambda: artifact.save(tmp_path / "deep" / "mine"), lambda: files.replace_file(tmp_path / "mine", b"")):
+        found = refused(save)
+        assert (found.code.id, found.why) == ("SPARC505", why)
+        assert "mine" in found.what
+        assert hint in str(found)
+        assert not list(tmp_path.iterdir())
+
+
+# the command line -----------------------------------------------------------------------------------------------------
+def test_a_file_instead_of_an_import_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(["compile", "nets/mine.py:model", "-o", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "SPARC110" in said
+    assert "write nets.mine:model" in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import time, torch\nfrom pathlib import Path\n"
+        "def wait(artifact):\n    Path('started').touch()\n    time.sleep(60)\n"
+        "def model():\n"
+        "    return {'model': torch.nn.Linear(8, 8), 'example_inputs': (torch.ones(2, 8),), 'metric': wait}\n"
+    )
+    command = [sys.executable, "-c", "from sparc.cli import main; main()"]
+    command += ["compile", "mine:model", "-o", "deep/out", "--no-measure"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "stopped; nothing was saved" in said
+    assert not (tmp_path / "deep").exists()
