@@ -16,6 +16,7 @@ from sparc.source import raised_at
 
 Data = Iterable[Any] | Callable[[], Iterable[Any]] | None
 _LIMIT = 1024
+_DATA = "data= is a sequence of inputs like example_inputs, or a function that returns one"
 _FINITE = "give example_inputs and data= without NaN"
 _HELD_OUT_SHARE = 4
 
@@ -55,7 +56,9 @@ def _read(data: Iterable[Any] | Callable[[], Iterable[Any]]) -> list[Any]:
         raise
     except Exception as error:  # the user's own code
         why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise CaptureError(codes.INPUTS_MISSING, "data= could not be read", where=raised_at(error), why=why) from error
+        raise CaptureError(
+            codes.INPUTS_MISSING, "data= could not be read", where=raised_at(error), why=why, hint=_DATA
+        ) from error
 
 
 def bind(program: Program, item: Any) -> list[Tensor]:
