@@ -21,6 +21,7 @@ def extension() -> Extension:
     from sparc.passes.clean import RemoveDead
     from sparc.passes.encode import Encode
     from sparc.passes.equalize.equalize import Equalize
+    from sparc.passes.equalize.smooth import Smooth
     from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
     from sparc.passes.prune import Prune
     from sparc.passes.recipes import recipes
@@ -29,5 +30,5 @@ def extension() -> Extension:
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
-    passes = (*exact, Equalize, Prune, Round, *activations, Encode)
+    passes = (*exact, Equalize, Smooth, Prune, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=(Dense, IntGrid, NM, Blocks), recipes=recipes())

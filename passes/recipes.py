@@ -9,6 +9,7 @@ from sparc.passes.activation.dynamic import QuantizeActivations
 from sparc.passes.activation.static import CalibrateActivations
 from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.encode import Encode
+from sparc.passes.equalize.smooth import Smooth
 from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
 from sparc.passes.prune import Prune
 from sparc.passes.round import Round
@@ -44,7 +45,7 @@ def recipes() -> dict[str, Recipe]:
         "dense": Recipe(tuple(Step(each) for each in prepare()), name="dense"),
         "w8": _recipe("w8", Round(INT8)),
         "w4": _recipe("w4", Round(INT4, search=True), Step(Round(INT8), where="@embedding")),
-        "w8a8": _recipe("w8a8", Round(INT8), QuantizeActivations()),
+        "w8a8": _recipe("w8a8", Smooth(), Round(INT8), QuantizeActivations()),
         "w8a8-static": _recipe("w8a8-static", Round(INT8), CalibrateActivations(), CorrectBias()),
         "sparse24-w8": _recipe("sparse24-w8", Prune(NM(2, 4)), Round(INT8)),
         "blocks64-w8": _recipe("blocks64-w8", Prune(Blocks((64, 64)), density=0.5), Round(INT8)),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparc.encoding.int_grid import IntGrid
 from sparc.passes.activation.insert import PER_TENSOR, PER_TOKEN
+from sparc.passes.activation.noise import Rows, product_noise
 
 TOKEN_EXTRA = 0.25
 """Time that per-token activations add to a matrix product, as a share of it (ONNX Runtime, 128 rows: 0.15 to 0.35)."""
@@ -24,34 +24,12 @@ class Errors:
 def output_errors(batches: Sequence[Tensor], matrices: Sequence[Tensor]) -> Errors:
     """Mean noise-to-signal ratio of the rows of `x @ w.T`, for a scale per tensor and per token.
 
-    Every row counts the same: what follows normalises rows, and a scale per tensor harms small ones most.
-
     Args:
         batches: values of x, `[..., reduce]`; each is one tensor at run time.
         matrices: the weights that read x, `[out, reduce]`.
     """
-    weights = torch.cat([matrix.double() for matrix in matrices])
-    gram = weights.T @ weights
-    found: dict[IntGrid, list[Tensor]] = {PER_TENSOR: [], PER_TOKEN: []}
-    for x in batches:
-        power = row_energies(x, gram)
-        live = power > 0
-        for spec, ratios in found.items():
-            ratios.append(row_energies(dequantized(x, spec) - x.float(), gram)[live] / power[live])
-    tensor, token = (float(torch.cat(ratios).mean()) if sum(map(len, ratios)) else 0.0 for ratios in found.values())
-    return Errors(tensor, token)
-
-
-def dequantized(x: Tensor, spec: IntGrid) -> Tensor:
-    """decode(quantize(x)), float32."""
-    x = x.float()
-    return spec.round(x, spec.fit(x))
-
-
-def row_energies(x: Tensor, gram: Tensor) -> Tensor:
-    """`[rows]`: the squared norm of each row of `x @ w.T`, from the Gram matrix `w.T @ w`."""
-    rows = x.double().reshape(-1, x.shape[-1])
-    return ((rows @ gram) * rows).sum(-1)
+    x, weights = Rows(batches), torch.cat([matrix.float() for matrix in matrices])
+    return Errors(*(product_noise(x, weights, spec) for spec in (PER_TENSOR, PER_TOKEN)))
 
 
 def wants_token(errors: Errors, share: float, price: float) -> bool:

@@ -37,7 +37,7 @@ class QuantizeActivations(Pass):
     stage: ClassVar[Stage] = Stage.ACTIVATION
 
     mode: Mode = "auto"
-    price: float = 1e-3
+    price: float = 3e-3
     floor: float | None = None
 
     @property
