@@ -21,8 +21,8 @@ class ReferenceEmission:
         self.stored = [StoredTensor(name, tensor, name) for name, tensor in program.weights.items()]
         self.kernels: Mapping[str, KernelUse] = _kernels(program)
 
-    def runner(self, entry: str | None = None, *, threads: int | None = None) -> Runner:
-        """Runs the entry in eager torch; `threads` holds for the duration of a call."""
+    def runner(self, entry: str | None = None, *, threads: int | None = None, spin: bool = True) -> Runner:
+        """Runs the entry in eager torch; `threads` holds for the duration of a call, and `spin` changes nothing."""
 
         def run(tensors: Sequence[Tensor]) -> list[Any]:
             before = torch.get_num_threads()

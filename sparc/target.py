@@ -80,8 +80,15 @@ class Emission(Protocol):
     stored: list[StoredTensor]
     kernels: Mapping[str, KernelUse]  # by the name of the weight's site: the original weight's name
 
-    def runner(self, entry: str | None = None, *, threads: int | None = None) -> Runner:
-        """A callable on one tensor per placeholder, in the target's runtime."""
+    def runner(self, entry: str | None = None, *, threads: int | None = None, spin: bool = True) -> Runner:
+        """A callable on one tensor per placeholder, in the target's runtime.
+
+        Args:
+            entry: the entry's name; the first by default.
+            threads: threads of one operator; the runtime's own choice by default.
+            spin: whether idle threads wait actively. It saves time between operators, but takes it from whatever else
+                runs: do without when two runners are timed in turns.
+        """
         ...
 
     def check(

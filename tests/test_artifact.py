@@ -62,7 +62,7 @@ def test_threads_reach_the_runtime() -> None:
     asked = []
 
     class Watched(ReferenceEmission):
-        def runner(self, entry: str | None = None, *, threads: int | None = None) -> Any:
+        def runner(self, entry: str | None = None, *, threads: int | None = None, spin: bool = True) -> Any:
             asked.append(threads)
             return super().runner(entry, threads=threads)
 

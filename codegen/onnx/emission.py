@@ -12,7 +12,7 @@ from torch import Tensor
 from sparc import codes
 from sparc.codegen.onnx.check import check_model, check_parity
 from sparc.codegen.onnx.cuda import uncovered
-from sparc.codegen.onnx.runtime import OnnxRunner, has_cuda
+from sparc.codegen.onnx.runtime import NO_SPIN, OnnxRunner, has_cuda
 from sparc.codegen.onnx.store import raw_bytes, stored_name
 from sparc.diag import ArtifactError
 from sparc.program import Program
@@ -45,20 +45,27 @@ class OnnxEmission:
         return "model.onnx" if entry == next(iter(self.models)) else f"{entry}.onnx"
 
     def runner(
-        self, entry: str | None = None, *, threads: int | None = None, options: Mapping[str, str] | None = None
+        self,
+        entry: str | None = None,
+        *,
+        threads: int | None = None,
+        spin: bool = True,
+        options: Mapping[str, str] | None = None,
     ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
         """A callable on one tensor per input, in ONNX Runtime.
 
         Args:
             entry: the entry; the first by default.
             threads: threads of one operator.
+            spin: whether idle threads wait actively.
             options: session configuration entries of ONNX Runtime.
 
         Raises:
             LoweringError: SPARC405 without ONNX Runtime, SPARC406 when it refuses the model.
         """
         cuda = self.target == "onnx:cuda" and has_cuda()
-        return OnnxRunner(self._model(entry), self._by_name(), threads=threads, cuda=cuda, options=options)
+        entries = {**({} if spin else NO_SPIN), **(options or {})}
+        return OnnxRunner(self._model(entry), self._by_name(), threads=threads, cuda=cuda, options=entries)
 
     def check(
         self, program: Program, inputs: Mapping[str, Sequence[Tensor]], reference: Mapping[str, Mapping[str, Tensor]]

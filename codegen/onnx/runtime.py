@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _QUIET = 3
+NO_SPIN = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
+"""Session entries under which idle threads sleep, and take no time from another session's."""
 
 
 def import_runtime() -> Any:

@@ -62,7 +62,8 @@ def bench(
     try:
         if threads is not None:
             torch.set_num_threads(threads)
-        subjects = [load_subject(name, trust=trust, threads=threads) for name in named]
+        spin = vs is None  # idle threads of one session would take time from the other's
+        subjects = [load_subject(name, trust=trust, threads=threads, spin=spin) for name in named]
         for other in subjects[1:]:
             check_same_inputs(subjects[0].program.main.signature, other.program.main.signature)
         inputs = subject_inputs(subjects[0], subjects[-1], sizes)

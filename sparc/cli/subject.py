@@ -41,8 +41,14 @@ class Subject:
     artifact: Artifact | None = None
 
 
-def load_subject(named: str, *, trust: bool = False, threads: int | None = None) -> Subject:
+def load_subject(named: str, *, trust: bool = False, threads: int | None = None, spin: bool = True) -> Subject:
     """An artifact's folder, or whatever PATH_OR_IMPORT names.
+
+    Args:
+        named: what to load.
+        trust: whether a .pt2 file may be read.
+        threads: threads of an artifact's runtime; its own choice by default.
+        spin: whether idle threads of an artifact's runtime wait actively.
 
     Raises:
         SparcError: what loading or capturing raises.
@@ -52,7 +58,8 @@ def load_subject(named: str, *, trust: bool = False, threads: int | None = None)
 
         artifact = api.load(named)
         artifact.threads = threads
-        return Subject(named, artifact.target, artifact.program, artifact.run_flat, None, artifact)
+        run = artifact.run_flat if spin else artifact.emission.runner(threads=threads, spin=False)
+        return Subject(named, artifact.target, artifact.program, run, None, artifact)
     return _eager(named, load_source(named, trust=trust))
 
 
