@@ -16,6 +16,7 @@ from sparc.capture import Dynamic, capture
 from sparc.diag import Diagnostics, PassError
 from sparc.driver import VERIFY_LEVELS, Driver
 from sparc.exported import capture_exported
+from sparc.memory import trim
 from sparc.parity import check_sites
 from sparc.pass_base import Pass, Samples, Stage
 from sparc.program import Program
@@ -178,7 +179,9 @@ def _capture(
 def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, samples: Samples, target: str) -> None:
     ledger, emission = artifact.ledger, artifact.emission
     why = evidence.skip_reasons(artifact.diagnostics)
+    trim()
     ledger.sites = evidence.site_rows(baseline, artifact.program, emission, samples, why)
+    trim()
     ledger.summary = evidence.summarize(captured, artifact.program, emission, samples, target, captured.weights.nbytes)
 
 

@@ -13,6 +13,7 @@ from sparc.calibration import Calibration
 from sparc.contract import Approximate, Bounded, Exact
 from sparc.diag import Diagnostics, PassError, SparcError, VerifyError
 from sparc.ledger import Ledger, PassRow
+from sparc.memory import trim
 from sparc.pass_base import Pass, PassContext, Rewrite, Samples
 from sparc.program import Program, location
 from sparc.verify import (
@@ -77,6 +78,9 @@ class Driver:
             self._note_dropped_grids(before, after, step)
         row.bytes_after = after.weights.nbytes
         self.program = after
+        if row.changed:
+            del before, context
+            trim()
         row.seconds = time.perf_counter() - started
         self.ledger.passes.append(row)
         return row

@@ -55,8 +55,9 @@ def site_rows(
 
 
 def activation_spec(site: Site | None) -> str:
-    """The spec a site's input is quantized to; several are joined by `+`."""
-    node: Any = site.uses[0].input if site is not None else None
+    """The spec that the input of a site's first product is quantized to; several are joined by `+`."""
+    inputs = (use.input for use in site.uses if use.input is not None) if site is not None else iter(())
+    node: Any = next(inputs, None)
     specs: list[str] = []
     stack = [node]
     while stack:

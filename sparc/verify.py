@@ -1,7 +1,7 @@
 """Checks: rewritten regions in float64 and natively, whole programs, and what an approximate pass did to each site."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from sparc.pass_base import Rewrite
 from sparc.program import Program
 
 WIDE_TOLERANCE = 1e-9
+_PIECE = 2**20  # elements
 
 
 # measures -----------------------------------------------------------------------------------------------------------
@@ -24,28 +25,36 @@ def relative_error(reference: Tensor, other: Tensor) -> float:
         return math.inf
     if reference.numel() == 0 or torch.equal(reference, other):
         return 0.0
-    a, b = reference.double(), other.double()
-    same = a == b
-    difference = torch.where(same, torch.zeros_like(a), (b - a).abs())
-    if not bool(torch.isfinite(difference).all()):
-        both_nan = a.isnan() & b.isnan()
-        difference = torch.where(both_nan, torch.zeros_like(a), difference)
+    greatest = scale = 0.0
+    for a, b in _pieces(reference, other):
+        difference = torch.where(a == b, torch.zeros_like(a), (b - a).abs())
         if not bool(torch.isfinite(difference).all()):
-            return math.inf
-    finite = a[torch.isfinite(a)]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return float(difference.max()) / scale if scale > 0 else float(difference.max())
+            difference = torch.where(a.isnan() & b.isnan(), torch.zeros_like(a), difference)
+            if not bool(torch.isfinite(difference).all()):
+                return math.inf
+        greatest = max(greatest, float(difference.max()))
+        finite = a[torch.isfinite(a)]
+        scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
+    return greatest / scale if scale > 0 else greatest
 
 
 def snr_db(reference: Tensor, other: Tensor) -> float:
     """Signal-to-noise ratio `10 log10(|reference|² / |other - reference|²)` in decibels; inf when equal."""
-    noise = float((other.double() - reference.double()).square().sum())
-    signal = float(reference.double().square().sum())
+    noise = signal = 0.0
+    for a, b in _pieces(reference, other):
+        noise += float((b - a).square().sum())
+        signal += float(a.square().sum())
     if noise == 0:
         return math.inf
     if not math.isfinite(noise) or signal == 0:
         return -math.inf
     return 10 * math.log10(signal / noise)
+
+
+def _pieces(reference: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both tensors in float64, a piece at a time: whole ones would take many times the memory of a model's outputs."""
+    for a, b in zip(reference.flatten().split(_PIECE), other.flatten().split(_PIECE), strict=True):
+        yield a.double(), b.double()
 
 
 def cosine(reference: Tensor, other: Tensor) -> float:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import fx
+from torch import Tensor, fx
 
-from sparc.analysis.sites import Site, find_sites
+from sparc.analysis.sites import Site, Use, find_sites
 from sparc.contract import Approximate
 from sparc.encoding.int_grid import IntGrid
 from sparc.pass_base import Pass, PassContext, Stage
@@ -65,7 +65,7 @@ class QuantizeActivations(Pass):
             before = next(node for node in entry.graph.nodes if node in group.nodes)
             mode = self._choose(program, context, group, total) if self.mode == "auto" else self.mode
             if mode == "split":
-                quantized = insert_split(entry, group.x, before)
+                quantized = insert_split(entry, group.x, before, symmetric=group.stacks)
             else:
                 spec = {"tensor": PER_TENSOR, "token": PER_TOKEN}.get(mode) or IntGrid(8, group.columns, symmetric=True)
                 quantized = insert_dynamic(entry, group.x, spec, before)
@@ -89,7 +89,7 @@ class QuantizeActivations(Pass):
                 continue
             for use in site.uses:
                 x = use.input
-                if not isinstance(x, fx.Node) or x.op == "get_attr" or is_quantized(x):
+                if not is_product(use) or not isinstance(x, fx.Node) or x.op == "get_attr" or is_quantized(x):
                     continue
                 columns = program.grid(site.weight).spec.group  # type: ignore[union-attr]
                 key = (use.entry, x.name, columns if self.mode == "block" else 0)
@@ -99,7 +99,7 @@ class QuantizeActivations(Pass):
         return list(groups.values())
 
     def _why_not(self, program: Program, site: Site) -> str | None:
-        if site.operator not in ("linear", "matmul"):
+        if not any(is_product(use) for use in site.uses):
             return f"no dynamic integer product exists for {site.operator}"
         grid = program.grid(site.weight)
         spec = grid.spec if grid is not None else None
@@ -130,6 +130,22 @@ class Group:
     columns: int | Literal["channel", "tensor"]
     nodes: list[fx.Node]
     sites: list[Site]
+
+    @property
+    def stacks(self) -> bool:
+        """Whether the two halves of a split should share a zero point.
+
+        The matrix of a head that is also an embedding is best read as it is stored, and then each product reads it all:
+        one product on stacked halves reads it once.
+        """
+        value = self.x.meta["val"]
+        looked_up = any(not is_product(use) for site in self.sites for use in site.uses)
+        return looked_up and isinstance(value, Tensor) and value.ndim > 1
+
+
+def is_product(use: Use) -> bool:
+    """Whether a use is a matrix product; an embedding of the same weight only looks rows up."""
+    return use.operator in ("linear", "matmul")
 
 
 def site_work(site: Site) -> float:

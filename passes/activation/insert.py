@@ -2,7 +2,7 @@
 
     dynamic:  c, s(, z) = quantize(x, [], spec);  x' = decode([c, s(, z)], spec)
     static:   c, = quantize(x, [s(, z)], spec);   x' = decode([c, s(, z)], spec)
-    split:    c, s, z = quantize(x, [], asymmetric);  x1 = decode([c, s, z], asymmetric);  r = x - x1;  t = s / 254
+    split:    c, s(, z) = quantize(x, [], spec);  x1 = decode([c, s(, z)], spec);  r = x - x1;  t = s / 254
               d, = quantize(r, [t], symmetric);  x' = x1 + decode([d, t], symmetric)
 
 Static scales and zero points are weights of the program, of shape []. The split form is a 16-bit activation on two
@@ -42,9 +42,17 @@ def insert_static(
     return _decode(entry, [*codes, *params], spec, before, x, like)
 
 
-def insert_split(entry: Entry, x: fx.Node, before: fx.Node) -> fx.Node:
-    """Insert the split form of x before a node; returns the sum."""
-    coarse = insert_dynamic(entry, x, PER_TENSOR, before)
+def insert_split(entry: Entry, x: fx.Node, before: fx.Node, *, symmetric: bool = False) -> fx.Node:
+    """Insert the split form of x before a node; returns the sum.
+
+    Args:
+        entry: the graph, which is edited.
+        x: a floating value.
+        before: the node.
+        symmetric: give the coarse codes the zero point of the fine ones, so that a target can stack both into one
+            product; a range that lies on one side of zero then loses up to one of the 16 bits.
+    """
+    coarse = insert_dynamic(entry, x, REMAINDER if symmetric else PER_TENSOR, before)
     scale = coarse.args[0][1]  # type: ignore[index]
     remainder = entry.call(aten.sub.Tensor, x, coarse, before=before)
     fine_scale = entry.call(aten.div.Tensor, scale, float(REMAINDER_STEPS), before=before)

@@ -1,12 +1,15 @@
 """Two encodings in one model: which sites are worth more bytes, when a budget limits all of them together."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from sparc import codes
 from sparc.analysis.sites import Site
+from sparc.diag import Diagnostics
 from sparc.encoding.base import Encoding
 from sparc.encoding.compose import compose
 from sparc.execute import Values, execute
@@ -29,9 +32,16 @@ class Rounded:
 
 
 def worth_more(
-    program: Program, rounded: Sequence[Rounded], finer: Encoding, budget: float, examples: Mapping[str, list[Tensor]]
+    program: Program,
+    rounded: Sequence[Rounded],
+    finer: Encoding,
+    budget: float,
+    examples: Mapping[str, list[Tensor]],
+    diagnostics: Diagnostics,
 ) -> list[Rounded]:
     """The sites to round to `finer` instead: those that remove most output noise for each byte, within the budget.
+
+    Where the budget leaves nothing to share out, or sensitivities cannot be measured, there are none, with a remark.
 
     Args:
         program: with the sites rounded to the coarser encoding.
@@ -39,28 +49,55 @@ def worth_more(
         finer: an encoding that costs more bytes.
         budget: bytes of all these sites together, as a part of their dense bytes.
         examples: for each entry, flat inputs that sensitivities are measured on.
+        diagnostics: where remarks go.
     """
     left = budget * sum(each.original.tensor.nbytes for each in rounded)
-    costs: dict[str, int] = {}
+    costs = {}
     for each in rounded:
-        grid = program.grid(each.site.weight)
-        assert grid is not None
-        matrix = each.site.view.matrix_shape(each.original.tensor.shape)
-        coarse = int(grid.spec.bytes_on(grid, matrix))
+        coarse, fine = _sizes(program, each, finer)
         left -= coarse
-        composed = compose(each.original.grid.spec if each.original.grid else None, finer)
-        if composed.accepts(matrix) is None:
-            costs[each.site.weight] = int(composed.bytes_on(grid, matrix)) - coarse
-    uses = {use.node: use.entry for each in rounded for use in each.site.uses}
-    slopes = sensitivities(program, uses, examples)
-    gains = {each.site.weight: output_noise(program, each, slopes) for each in rounded}
-    candidates = [each for each in rounded if each.site.weight in costs and gains[each.site.weight] > 0]
+        if fine is not None:
+            costs[each.site.weight] = fine - coarse
+    if not costs:
+        return []
+    gains = (
+        _gains(program, rounded, examples) if min(costs.values()) <= left else f"a budget of {budget:g} leaves no bytes"
+    )
+    if isinstance(gains, str):
+        diagnostics.remark(codes.NOT_MATCHED, f"no site is rounded to {finer}", why=gains)
+        return []
+    candidates = [each for each in rounded if each.site.weight in costs and gains.get(each.site.weight, 0) > 0]
     chosen = []
     for each in sorted(candidates, key=lambda each: -gains[each.site.weight] / max(1, costs[each.site.weight])):
         if costs[each.site.weight] <= left:
             left -= costs[each.site.weight]
             chosen.append(each)
     return chosen
+
+
+def _sizes(program: Program, rounded: Rounded, finer: Encoding) -> tuple[int, int | None]:
+    """Bytes of a site as it is, and under the finer encoding; None where that does not take it."""
+    grid = program.grid(rounded.site.weight)
+    assert grid is not None
+    matrix = rounded.site.view.matrix_shape(rounded.original.tensor.shape)
+    composed = compose(rounded.original.grid.spec if rounded.original.grid else None, finer)
+    fine = int(composed.bytes_on(grid, matrix)) if composed.accepts(matrix) is None else None
+    return int(grid.spec.bytes_on(grid, matrix)), fine
+
+
+def _gains(
+    program: Program, rounded: Sequence[Rounded], examples: Mapping[str, list[Tensor]]
+) -> dict[str, float] | str:
+    """The output noise of each site whose noise is a number; or why none can be measured."""
+    uses = {use.node: use.entry for each in rounded for use in each.site.uses}
+    try:
+        slopes = sensitivities(program, uses, examples)
+    except RuntimeError as error:  # torch's, for an operator without a derivative
+        return f"gradients cannot be taken: {str(error).splitlines()[0][:200]}"
+    if not any(slopes.values()):
+        return "no floating output depends on a site, so nothing says which one matters"
+    noises = {each.site.weight: output_noise(program, each, slopes) for each in rounded}
+    return {name: noise for name, noise in noises.items() if math.isfinite(noise)}
 
 
 def output_noise(program: Program, rounded: Rounded, slopes: Mapping[fx.Node, float]) -> float:

@@ -1,5 +1,6 @@
 """Rounding weights to a grid: to nearest, over the whole range or with a search for the grid of least error."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
@@ -19,6 +20,8 @@ from sparc.passes.round.importance import column_importance, input_moments
 from sparc.passes.round.mixed import Rounded, worth_more
 from sparc.program import Program
 
+DAMPING = 0.01
+
 
 @dataclass(frozen=True)
 class Round(Pass):
@@ -28,7 +31,7 @@ class Round(Pass):
         encoding: the grid's encoding.
         search: look for the grid with the least squared error instead of covering the whole range.
         importance: what a squared error in a column costs: `none` (the same in every column) or `data` (the mean square
-            of the input column, from calibration).
+            of the input column, from calibration, and a hundredth of all columns' mean).
         floor: a site whose signal-to-noise ratio falls below so many decibels is restored, with a remark.
         finer: an encoding of more bytes, for the sites where it removes most noise from the model's outputs.
         budget: what all selected sites may take together, as a part of their dense bytes; goes with `finer`.
@@ -87,13 +90,22 @@ class Round(Pass):
                 rounded.append(Rounded(site, program.weights.record(site.weight), importance))
                 self._round(program, rounded[-1], self.encoding)
         if self.finer is not None and self.budget is not None:
-            for each in worth_more(program, rounded, self.finer, self.budget, context.example):
+            for each in worth_more(program, rounded, self.finer, self.budget, context.example, context.diagnostics):
                 program.weights.put(each.site.weight, each.original)
                 self._round(program, each, self.finer)
 
     def _round(self, program: Program, each: Rounded, encoding: Encoding) -> None:
-        importance = each.importance if self.importance == "data" else None
+        importance = damped(each.importance) if self.importance == "data" and each.importance is not None else None
         round_site(program, each.site, encoding, importance, self.search)
+
+
+def damped(importance: Tensor) -> Tensor | None:
+    """Importance plus a hundredth of its mean; None where there is none.
+
+    Calibration sees few inputs: a column that met only zeros there may still meet others.
+    """
+    mean = float(importance.mean())
+    return importance + DAMPING * mean if 0 < mean < math.inf else None
 
 
 def round_site(program: Program, site: Site, encoding: Encoding, importance: Tensor | None, search: bool) -> None:

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -165,6 +166,42 @@ def test_tied_weights_are_stored_once(grid: IntGrid, flavour: str) -> None:
     if flavour == "cpu":
         parts = sum(program.weights[name].nbytes for name in program.weights)
         assert sum(stored.tensor.nbytes for stored in emission.stored) <= parts
+
+
+@pytest.mark.parametrize("grid", [IntGrid(8), IntGrid(8, symmetric=False), IntGrid(8, "tensor")], ids=str)
+@pytest.mark.parametrize("kind", ["tensor", "token", "split", "stack"])
+@pytest.mark.parametrize("flavour", ["portable", "cpu"])
+@pytest.mark.parametrize("shape", [(3, 7), (7,)], ids=str)
+def test_lookups_and_integer_products_read_the_same_bytes(
+    grid: IntGrid, kind: str, flavour: str, shape: tuple[int, ...]
+) -> None:
+    """Of rank 3, as ONNX Runtime would copy a constant matrix of rank 2; so it is in memory once."""
+    ids = torch.randint(0, 40, shape)
+    program = quantize_input(encode_weights(capture(TiedHead(), (ids,)), grid), kind)
+    emission = emit(program, flavour)
+    check_model(emission.models["forward"])
+    assert_agrees(program, emission, [ids], EXACT)
+    (stored,) = (each for each in emission.stored if each.weight == "table.weight_codes")
+    graph = emission.models["forward"].graph
+    readers = {(node.op_type, list(node.input).index(name)) for node, name in readers_of(graph, stored.name)}
+    assert readers == {("Gather", 0), ("MatMulIntegerToFloat" if flavour == "cpu" else "MatMulInteger", 1)}
+    assert {len(tensor.dims) for tensor in graph.initializer if tensor.name.startswith(stored.name)} == {3}
+    parts = sum(program.weights[name].nbytes for name in program.weights if name.startswith("table.weight_"))
+    assert emission.kernels["table.weight"].resident_bytes == parts
+
+
+def readers_of(graph: onnx.GraphProto, stored: str) -> list[tuple[onnx.NodeProto, str]]:
+    found = [(node, name) for node in graph.node for name in node.input]
+    return [(node, name) for node, name in found if name.partition("#")[0] == stored]
+
+
+def test_rows_of_a_head_that_meets_float_inputs_stay_rows() -> None:
+    ids = torch.randint(0, 40, (3, 7))
+    program = encode_weights(capture(TiedHead(), (ids,)), IntGrid(8))
+    emission = emit(program)
+    assert_agrees(program, emission, [ids], EXACT)
+    (stored,) = (each for each in emission.stored if each.weight == "table.weight_codes")
+    assert stored.tensor.shape == program.weights["table.weight_codes"].shape
 
 
 def test_tied_dense_weight_is_stored_once() -> None:

@@ -101,6 +101,18 @@ class Shared(nn.Module):
         return self.c(torch.relu(self.a(x) + self.b(x)))
 
 
+def test_a_head_tied_to_an_embedding_meets_stacked_halves() -> None:
+    """Both halves have one zero point, and the lookup still reads the float weight."""
+    model, inputs = models()["tied"]
+    program = quantized(model, inputs, QuantizeActivations("split"), IntGrid(8)).program
+    head = [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default][-1]
+    coarse = quantizes(program)[-2]
+    assert head.args[0].target is torch.ops.aten.add.Tensor  # type: ignore[union-attr]
+    assert find_spec(str(coarse.args[2])) == IntGrid(8, "tensor", symmetric=True)
+    (lookup,) = (node for node in program.graph.nodes if node.target is torch.ops.aten.embedding.default)
+    assert lookup.args[0] is head.args[1]
+
+
 def test_products_of_one_value_share_one_quantize() -> None:
     program = quantized(Shared(), (torch.randn(4, 24),), QuantizeActivations("tensor"), IntGrid(8)).program
     assert len(quantizes(program)) == 2

@@ -16,6 +16,7 @@ from sparc.pass_base import PassContext
 from sparc.passes.prune import Prune
 from sparc.passes.round import Round
 from sparc.passes.round.importance import column_importance
+from sparc.passes.round.weights import damped
 from tests.passes.models import driver, models, run
 
 
@@ -69,7 +70,7 @@ def test_the_search_is_never_worse_in_any_group(spec: IntGrid, importance: str) 
     torch.manual_seed(1)
     model = linear(torch.randn(12, 24) ** 3)
     inputs = (torch.randn(64, 24) * torch.logspace(-2, 2, 24),)
-    cost = inputs[0].square().mean(0) if importance == "data" else torch.ones(24)
+    cost = damped(inputs[0].square().mean(0)) if importance == "data" else torch.ones(24)
 
     def errors(step: Round) -> Tensor:
         squared = (run(model, inputs, step).weights["weight"] - model.weight.detach()).square() * cost
@@ -91,6 +92,19 @@ def test_columns_that_read_little_may_be_rounded_badly() -> None:
     plain, weighted = errors("none"), errors("data")
     assert float(weighted[1:].sum()) < float(plain[1:].sum())
     assert float(weighted[0]) > float(plain[0])
+
+
+def test_columns_that_calibration_never_met_still_count() -> None:
+    """Other inputs may meet them, so they are not cut down to the range of the columns that it met."""
+    torch.manual_seed(0)
+    never = torch.arange(32) % 4 == 0
+    weight = torch.randn(6, 32) * torch.where(never, 12.0, 1.0)
+    step = Round(IntGrid(4, 16), search=True, importance="data")
+    error = run(linear(weight), (torch.randn(8, 32) * ~never,), step).weights["weight"] - weight
+    assert float(error[:, never].abs().mean()) < float(weight[:, never].abs().mean()) / 2
+    silent = (torch.zeros(8, 32),)
+    uniform = run(linear(weight), silent, Round(IntGrid(4, 16), search=True)).weights["weight"]
+    assert torch.equal(run(linear(weight), silent, step).weights["weight"], uniform)
 
 
 @pytest.mark.parametrize("name", ["grouped", "transposed", "depthwise", "pointwise", "flat"])

@@ -114,6 +114,30 @@ def test_integer_outputs_have_no_gradient() -> None:
             return self.inner(x).argmax(-1)
 
     assert specs(Argmax(), (torch.randn(3, 32),), 1.0) == {"inner.weight": COARSE}
+    assert reasons(Argmax(), (torch.randn(3, 32),), 1.0) == ["no floating output depends on a site"]
+
+
+def reasons(model: nn.Module, inputs: tuple[Tensor, ...], budget: float) -> list[str]:
+    """Why no site is rounded to the finer encoding, up to the first comma."""
+    chosen = driver(model, inputs)
+    chosen.run(Round(COARSE, finer=FINE, budget=budget))
+    return [each.why.partition(",")[0] for each in chosen.diagnostics if each.what == f"no site is rounded to {FINE}"]
+
+
+def test_a_budget_that_is_spent_already_says_so() -> None:
+    inputs = (torch.randn(8, 32),)
+    assert reasons(Branches(), inputs, 0.01) == ["a budget of 0.01 leaves no bytes"]
+    assert reasons(Branches(), inputs, 1.0) == []
+
+
+def test_operators_without_a_derivative_leave_the_coarse_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("the derivative for 'some_operator' is not implemented\nand a trace")
+
+    monkeypatch.setattr("sparc.passes.round.mixed.sensitivities", refuse)
+    assert set(specs(Branches(), (torch.randn(8, 32),), 1.0).values()) == {COARSE}
+    (why,) = reasons(Branches(), (torch.randn(8, 32),), 1.0)
+    assert why == "gradients cannot be taken: the derivative for 'some_operator' is not implemented"
 
 
 @pytest.mark.parametrize("options", [{"finer": FINE}, {"budget": 0.2}, {"finer": FINE, "budget": 0.0}])

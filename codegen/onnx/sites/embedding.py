@@ -11,6 +11,7 @@ from sparc.codegen.onnx.emit import MS, Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
 from sparc.codegen.onnx.sites.expand import unpacked
 from sparc.codegen.onnx.sites.match import match_encoded
+from sparc.codegen.onnx.sites.shared import shared_codes, shares_columns
 from sparc.codegen.onnx.types import onnx_type
 from sparc.target import KernelUse
 
@@ -23,10 +24,32 @@ def embedding(e: Emitter, node: fx.Node) -> ir.Value | None:
     w = int_matrix(e, weight) if weight is not None else None
     if weight is None or w is None or str(weight.view) != "matrix":
         return None
+    if shares_columns(e, w):
+        e.carry(weight.site, KernelUse("Gather", 0))  # the products hold the codes
+        return _gather_columns(e, w, node.args[1], node)
     result = _gather_blocks(e, w, node.args[1]) or _gather_codes(e, w, node.args[1], node)
     operator = "GatherBlockQuantized" if e.target.contrib and _fits_blocks(e, w) else "Gather"
     e.carry(weight.site, KernelUse(operator, w.code_bytes + w.grid_bytes))
     return result
+
+
+def _gather_columns(e: Emitter, w: IntMatrix, indices: Any, node: fx.Node) -> ir.Value:
+    """Rows of 8-bit codes with a scale a row at most, from the transposed codes that products read."""
+    rank = node.meta["val"].ndim - 1
+    codes = e.op("Squeeze", e.op("Gather", shared_codes(w)[0], indices, axis=2), [0])
+    rows = codes if not rank else e.op("Transpose", codes, perm=[*range(1, rank + 1), 0])
+    numbers = e.op("Cast", rows, to=ir.DataType.FLOAT)
+    zero, scale = w.zero_int8(), w.scale()
+    if zero is not None:
+        numbers = e.op("Sub", numbers, _of_rows(e, w, e.op("Cast", zero, to=ir.DataType.FLOAT), indices))
+    return e.op("Mul", numbers, _of_rows(e, w, scale, indices))
+
+
+def _of_rows(e: Emitter, w: IntMatrix, value: ir.Value, indices: Any) -> ir.Value:
+    """A float vector's entries of the gathered rows, on an axis of their own; a scalar as it is."""
+    if w.part("scale").numel() == 1:
+        return value
+    return e.op("Unsqueeze", e.op("Gather", value, indices, axis=0), [-1])
 
 
 def _fits_blocks(e: Emitter, w: IntMatrix) -> bool:

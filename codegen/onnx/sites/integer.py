@@ -10,6 +10,7 @@ from sparc.codegen.onnx.sites.activation import Codes, unsigned_codes
 from sparc.codegen.onnx.sites.codes import IntMatrix
 from sparc.codegen.onnx.sites.match import Activation
 from sparc.codegen.onnx.sites.product import Product
+from sparc.codegen.onnx.sites.shared import shared_codes, shares_columns, takes_integers
 from sparc.target import KernelUse
 
 
@@ -21,31 +22,30 @@ def integer_product(e: Emitter, site: Product) -> ir.Value | None:
     split: the product of the coarse codes plus the product of the fine ones.
     """
     w = site.matrix
-    if e.target.flavour == "cuda" or w is None or w.grid.bits != 8 or not w.per_channel:
-        return None
-    if w.grid.zero != "integer" or site.weight.dtype != torch.float32 or len(site.weight.matrix_shape) != 2:
+    if w is None or not takes_integers(e, site):
         return None
     if site.x.kind == "split":
         result = _split_product(e, site, w)
-    elif site.x.kind in ("tensor", "token"):
-        result = scaled_product(e, unsigned_codes(e, site.x), w, site.bias)
     else:
-        return None
+        result = scaled_product(e, unsigned_codes(e, site.x), w, site.bias)
+    if site.node.meta["val"].ndim == 2 and shares_columns(e, w):
+        result = e.op("Squeeze", result, [0])
     operator = "MatMulIntegerToFloat" if e.target.contrib else "MatMulInteger"
     site.carried(e, KernelUse(operator, w.code_bytes + w.grid_bytes))
     return result
 
 
 def scaled_product(e: Emitter, x: Codes, w: IntMatrix, bias: Any) -> ir.Value:
-    """`(codes - zero) @ (w - y) * scale * t + bias`."""
+    """`(codes - zero) @ (w - y) * scale * t + bias`; of rank 3 at least where the codes of w are shared."""
     one = e.const(1.0, torch.float32)
+    codes, zero = shared_codes(w) if shares_columns(e, w) else (w.codes_transposed(), w.zero_int8())
     if e.target.contrib:
-        operands = (x.values, w.codes_transposed(), one if x.per_row else x.scale, w.scale(), x.zero, w.zero_int8())
+        operands = (x.values, codes, one if x.per_row else x.scale, w.scale(), x.zero, zero)
         if not x.per_row:
             return e.op("MatMulIntegerToFloat", *operands, bias, domain=MS)
         product = e.op("MatMulIntegerToFloat", *operands, domain=MS)
     else:
-        whole = e.op("MatMulInteger", x.values, w.codes_transposed(), x.zero, w.zero_int8())
+        whole = e.op("MatMulInteger", x.values, codes, x.zero, zero)
         factor = w.scale() if x.per_row else e.op("Mul", x.scale, w.scale())
         product = e.op("Mul", e.op("Cast", whole, to=ir.DataType.FLOAT), factor)
     if x.per_row:
@@ -60,10 +60,11 @@ def _split_product(e: Emitter, site: Product, w: IntMatrix) -> ir.Value:
     coarse, steps = unsigned_codes(e, first), _fine_steps(first, second)
     scale = e.op("Div", coarse.scale, e.const(steps, torch.float32)) if steps is not None else None
     fine = unsigned_codes(e, second, scale)
-    if first.spec is not None and first.spec.symmetric and steps is not None:
-        stacked = e.op("Concat", coarse.values, fine.values, axis=0)
+    rank = first.source.meta["val"].ndim
+    if first.spec is not None and first.spec.symmetric and steps is not None and rank > 1:
+        stacked = e.op("Concat", coarse.values, fine.values, axis=-2)
         both = scaled_product(e, Codes(stacked, coarse.scale, coarse.zero), w, None)
-        high, low = e.op("Split", both, axis=0, num_outputs=2, outputs=2)
+        high, low = e.op("Split", both, axis=-2, num_outputs=2, outputs=2)
         terms = [high, e.op("Mul", low, e.const(1 / steps, torch.float32))]
         return e.op("Sum", *terms, *([] if site.bias is None else [site.bias]))
     return e.op("Sum", scaled_product(e, coarse, w, None), scaled_product(e, fine, w, site.bias))
