@@ -71,6 +71,7 @@ bench: setup
 
 docs: setup
 	@$(BIN)/python docs/generate.py
+	@$(BIN)/python -m docs.architectures_page
 
 format: setup
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .

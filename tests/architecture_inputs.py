@@ -86,3 +86,44 @@ def clip_inputs(config: Any) -> Any:
     text, text_dynamic = text_inputs(config)
     images, _ = image_inputs(config.vision_config)
     return {**text, **images}, {**text_dynamic, "pixel_values": {0: "images"}}
+
+
+def character_inputs(config: Any) -> Any:
+    """Characters of a fixed number: chunks and buckets divide it."""
+    return {"input_ids": _ids(length=16)}, {"input_ids": {0: "batch"}}
+
+
+def video_inputs(config: Any) -> Any:
+    """Frames `[batch, frames, 3, size, size]`."""
+    shape = (2, config.num_frames, 3, config.image_size, config.image_size)
+    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(1))}, {
+        "pixel_values": {0: "batch"}
+    }
+
+
+def series_inputs(config: Any) -> Any:
+    """Series `[batch, time, channels]`."""
+    shape = (2, config.context_length, config.num_input_channels)
+    return {"past_values": torch.randn(shape, generator=torch.Generator().manual_seed(1))}, {
+        "past_values": {0: "batch"}
+    }
+
+
+def sound_inputs(config: Any) -> Any:
+    """Sound `[batch, channel, samples]`."""
+    wave, dynamic = wave_inputs(config)
+    return {"input_values": wave["input_values"][:, None]}, dynamic
+
+
+def moonshine_inputs(config: Any) -> Any:
+    """Sound for the encoder, token ids for the decoder."""
+    wave, dynamic = wave_inputs(config)
+    inputs = {**wave, "decoder_input_ids": _ids(length=5), "use_cache": False}
+    return inputs, {**dynamic, "decoder_input_ids": {0: "batch", 1: "target"}}
+
+
+def vilt_inputs(config: Any) -> Any:
+    """One text for each image."""
+    text, dynamic = text_inputs(config)
+    images, more = image_inputs(config)
+    return {**text, **images}, {**dynamic, **more}

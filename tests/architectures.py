@@ -57,6 +57,28 @@ class Built:
     inputs: Mapping[str, Any]
     dynamic: Mapping[str, Mapping[int, str]]
 
+    def enlivened(self) -> "Built":
+        """The same with larger matrices: transformers' own are so small that most layers hardly change what passes
+        them, and a mistake in one would not show in the outputs.
+        """
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.ndim > 1 and bool(parameter.std() > 0):
+                    inner = parameter.shape[1] if parameter.ndim == 3 else parameter[0].numel()
+                    parameter.mul_(inner**-0.5 / parameter.std())
+        return self
+
+    def resized(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """The inputs with dynamic dimensions of other sizes, by name: cut, or repeated; masks stay left-aligned."""
+        inputs = dict(self.inputs)
+        for name, axes in self.dynamic.items():
+            for axis, dimension in axes.items():
+                old = inputs[name].shape[axis]
+                inputs[name] = inputs[name].index_select(axis, torch.arange(sizes.get(dimension, old)) % old)
+            if name.endswith("mask"):
+                inputs[name] = inputs[name].sort(dim=-1, descending=True).values
+        return inputs
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -95,20 +117,24 @@ class Architecture:
         return Built(model, inputs, dynamic)
 
 
-def _encoder(model_type: str, **options: Any) -> Architecture:
+def encoder(model_type: str, **options: Any) -> Architecture:
+    """An encoder of texts."""
     return Architecture("encoder", model_type, "AutoModel", text_inputs, {**TEXT, **options})
 
 
-def _decoder(model_type: str, kind: str = "decoder", **options: Any) -> Architecture:
+def decoder(model_type: str, kind: str = "decoder", **options: Any) -> Architecture:
+    """A language model without a cache."""
     return Architecture(kind, model_type, "AutoModelForCausalLM", causal_inputs, {**TEXT, **options})
 
 
-def _experts(model_type: str, **options: Any) -> Architecture:
+def experts(model_type: str, **options: Any) -> Architecture:
+    """A language model with mixtures of experts."""
     sizes = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, **GROUPED}
-    return _decoder(model_type, "experts", **{**sizes, **options})
+    return decoder(model_type, "experts", **{**sizes, **options})
 
 
-def _pair(model_type: str, **options: Any) -> Architecture:
+def encoder_decoder(model_type: str, **options: Any) -> Architecture:
+    """An encoder and a decoder."""
     sizes = {
         "d_model": 32,
         "encoder_layers": 2,
@@ -141,11 +167,13 @@ def _t5(model_type: str, **options: Any) -> Architecture:
     return Architecture("encoder-decoder", model_type, "AutoModelForSeq2SeqLM", pair_inputs, {**sizes, **options})
 
 
-def _vision(model_type: str, **options: Any) -> Architecture:
+def vision(model_type: str, **options: Any) -> Architecture:
+    """A model of images."""
     return Architecture("vision", model_type, "AutoModel", image_inputs, options)
 
 
-def _wave(model_type: str, **options: Any) -> Architecture:
+def wave(model_type: str, **options: Any) -> Architecture:
+    """A model of sound waves."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -164,15 +192,15 @@ def _wave(model_type: str, **options: Any) -> Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     # encoders
-    "bert": _encoder("bert"),
-    "roberta": _encoder("roberta", pad_token_id=1),
-    "distilbert": _encoder("distilbert", dim=32, hidden_dim=64, n_layers=2, n_heads=4),
-    "albert": _encoder("albert", embedding_size=16),
-    "electra": _encoder("electra", embedding_size=16),
-    "deberta-v2": _encoder("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
-    "mpnet": _encoder("mpnet"),
-    "convbert": _encoder("convbert", embedding_size=32),
-    "squeezebert": _encoder(
+    "bert": encoder("bert"),
+    "roberta": encoder("roberta", pad_token_id=1),
+    "distilbert": encoder("distilbert", dim=32, hidden_dim=64, n_layers=2, n_heads=4),
+    "albert": encoder("albert", embedding_size=16),
+    "electra": encoder("electra", embedding_size=16),
+    "deberta-v2": encoder("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "mpnet": encoder("mpnet"),
+    "convbert": encoder("convbert", embedding_size=32),
+    "squeezebert": encoder(
         "squeezebert",
         embedding_size=32,
         q_groups=2,
@@ -182,39 +210,39 @@ ARCHITECTURES: dict[str, Architecture] = {
         intermediate_groups=2,
         output_groups=2,
     ),
-    "roformer": _encoder("roformer", embedding_size=32),
-    "modernbert": _encoder("modernbert", local_attention=8, global_attn_every_n_layers=2),
-    "esm": _encoder("esm", position_embedding_type="rotary", mask_token_id=4),
+    "roformer": encoder("roformer", embedding_size=32),
+    "modernbert": encoder("modernbert", local_attention=8, global_attn_every_n_layers=2),
+    "esm": encoder("esm", position_embedding_type="rotary", mask_token_id=4),
     "fnet": Architecture("encoder", "fnet", "AutoModel", plain_inputs, TEXT),
-    "mobilebert": _encoder(
+    "mobilebert": encoder(
         "mobilebert", embedding_size=32, intra_bottleneck_size=32, true_hidden_size=32, num_feedforward_networks=2
     ),
     # decoders
-    "gpt2": _decoder("gpt2"),
-    "gpt_neo": _decoder("gpt_neo", attention_types=[[["global", "local"], 1]], num_layers=2, window_size=4),
-    "gptj": _decoder("gptj", rotary_dim=4),
-    "gpt_neox": _decoder("gpt_neox"),
-    "codegen": _decoder("codegen", rotary_dim=4, n_embd=32, n_head=4, n_layer=2),
-    "opt": _decoder("opt", ffn_dim=64, word_embed_proj_dim=32),
-    "bloom": _decoder("bloom"),
-    "mpt": _decoder("mpt", d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=64),
-    "falcon": _decoder("falcon"),
-    "llama": _decoder("llama", **GROUPED),
-    "mistral": _decoder("mistral", sliding_window=4, **GROUPED),
-    "qwen2": _decoder("qwen2", **GROUPED),
-    "qwen3": _decoder("qwen3", **GROUPED),
-    "gemma": _decoder("gemma", **GROUPED),
-    "gemma2": _decoder("gemma2", sliding_window=4, **GROUPED),
-    "gemma3_text": _decoder("gemma3_text", sliding_window=4, **GROUPED),
-    "phi": _decoder("phi"),
-    "phi3": _decoder("phi3", num_key_value_heads=2),
-    "starcoder2": _decoder("starcoder2", **GROUPED),
-    "stablelm": _decoder("stablelm", num_key_value_heads=2),
-    "cohere": _decoder("cohere", **GROUPED),
-    "olmo2": _decoder("olmo2", num_key_value_heads=2),
-    "granite": _decoder("granite", **GROUPED),
-    "smollm3": _decoder("smollm3", num_key_value_heads=2),
-    "glm": _decoder("glm", **GROUPED),
+    "gpt2": decoder("gpt2"),
+    "gpt_neo": decoder("gpt_neo", attention_types=[[["global", "local"], 1]], num_layers=2, window_size=4),
+    "gptj": decoder("gptj", rotary_dim=4),
+    "gpt_neox": decoder("gpt_neox"),
+    "codegen": decoder("codegen", rotary_dim=4, n_embd=32, n_head=4, n_layer=2),
+    "opt": decoder("opt", ffn_dim=64, word_embed_proj_dim=32),
+    "bloom": decoder("bloom"),
+    "mpt": decoder("mpt", d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=64),
+    "falcon": decoder("falcon"),
+    "llama": decoder("llama", **GROUPED),
+    "mistral": decoder("mistral", sliding_window=4, **GROUPED),
+    "qwen2": decoder("qwen2", **GROUPED),
+    "qwen3": decoder("qwen3", **GROUPED),
+    "gemma": decoder("gemma", **GROUPED),
+    "gemma2": decoder("gemma2", sliding_window=4, **GROUPED),
+    "gemma3_text": decoder("gemma3_text", sliding_window=4, **GROUPED),
+    "phi": decoder("phi"),
+    "phi3": decoder("phi3", num_key_value_heads=2),
+    "starcoder2": decoder("starcoder2", **GROUPED),
+    "stablelm": decoder("stablelm", num_key_value_heads=2),
+    "cohere": decoder("cohere", **GROUPED),
+    "olmo2": decoder("olmo2", num_key_value_heads=2),
+    "granite": decoder("granite", **GROUPED),
+    "smollm3": decoder("smollm3", num_key_value_heads=2),
+    "glm": decoder("glm", **GROUPED),
     "mamba": Architecture(
         "decoder",
         "mamba",
@@ -223,28 +251,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**TEXT, "state_size": 4, "expand": 2, "time_step_rank": 4},
     ),
     # mixtures of experts
-    "mixtral": _experts("mixtral"),
-    "qwen2_moe": _experts("qwen2_moe", shared_expert_intermediate_size=16),
-    "qwen3_moe": _experts("qwen3_moe"),
-    "olmoe": _experts("olmoe"),
-    "granitemoe": _experts("granitemoe"),
-    "gpt_oss": _experts("gpt_oss", sliding_window=4),
+    "mixtral": experts("mixtral"),
+    "qwen2_moe": experts("qwen2_moe", shared_expert_intermediate_size=16),
+    "qwen3_moe": experts("qwen3_moe"),
+    "olmoe": experts("olmoe"),
+    "granitemoe": experts("granitemoe"),
+    "gpt_oss": experts("gpt_oss", sliding_window=4),
     # encoder-decoders
     "t5": _t5("t5"),
     "umt5": _t5("umt5"),
-    "bart": _pair("bart"),
-    "mbart": _pair("mbart"),
-    "pegasus": _pair("pegasus"),
-    "marian": _pair("marian", decoder_vocab_size=96),
-    "m2m_100": _pair("m2m_100"),
-    "blenderbot": _pair("blenderbot"),
+    "bart": encoder_decoder("bart"),
+    "mbart": encoder_decoder("mbart"),
+    "pegasus": encoder_decoder("pegasus"),
+    "marian": encoder_decoder("marian", decoder_vocab_size=96),
+    "m2m_100": encoder_decoder("m2m_100"),
+    "blenderbot": encoder_decoder("blenderbot"),
     "whisper": Architecture(
         "speech",
         "whisper",
         "AutoModel",
         whisper_inputs,
         {
-            **_pair("bart").options,
+            **encoder_decoder("bart").options,
             "num_mel_bins": 16,
             "max_source_positions": 12,
             "max_target_positions": 16,
@@ -257,7 +285,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "AutoModel",
         speech_inputs,
         {
-            **_pair("bart").options,
+            **encoder_decoder("bart").options,
             "max_source_positions": 40,
             "max_target_positions": 16,
             "input_feat_per_channel": 16,
@@ -265,23 +293,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     # vision
-    "vit": _vision("vit", **VISION),
-    "deit": _vision("deit", **VISION),
-    "beit": _vision("beit", **VISION),
-    "dinov2": _vision("dinov2", **VISION),
-    "swin": _vision("swin", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
-    "swinv2": _vision(
+    "vit": vision("vit", **VISION),
+    "deit": vision("deit", **VISION),
+    "beit": vision("beit", **VISION),
+    "dinov2": vision("dinov2", **VISION),
+    "swin": vision("swin", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
+    "swinv2": vision(
         "swinv2", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
     ),
-    "convnext": _vision("convnext", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
-    "convnextv2": _vision("convnextv2", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
-    "resnet": _vision("resnet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], layer_type="bottleneck"),
-    "regnet": _vision("regnet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], groups_width=8),
-    "mobilenet_v2": _vision("mobilenet_v2", depth_multiplier=0.35, image_size=32),
-    "efficientnet": _vision(
+    "convnext": vision("convnext", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
+    "convnextv2": vision("convnextv2", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
+    "resnet": vision("resnet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], layer_type="bottleneck"),
+    "regnet": vision("regnet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], groups_width=8),
+    "mobilenet_v2": vision("mobilenet_v2", depth_multiplier=0.35, image_size=32),
+    "efficientnet": vision(
         "efficientnet", width_coefficient=0.25, depth_coefficient=0.25, image_size=32, hidden_dim=320
     ),
-    "segformer": _vision(
+    "segformer": vision(
         "segformer",
         num_encoder_blocks=2,
         depths=[1, 1],
@@ -293,7 +321,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_ratios=[2, 2],
         image_size=32,
     ),
-    "poolformer": _vision(
+    "poolformer": vision(
         "poolformer",
         depths=[1, 1],
         hidden_sizes=[8, 16],
@@ -302,13 +330,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         padding=[2, 1],
         num_encoder_blocks=2,
     ),
-    "mobilevit": _vision(
+    "mobilevit": vision(
         "mobilevit", image_size=64, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32]
     ),
     # speech
-    "wav2vec2": _wave("wav2vec2"),
-    "hubert": _wave("hubert"),
-    "wavlm": _wave("wavlm", num_buckets=16, max_bucket_distance=32),
+    "wav2vec2": wave("wav2vec2"),
+    "hubert": wave("hubert"),
+    "wavlm": wave("wavlm", num_buckets=16, max_bucket_distance=32),
     "audio-spectrogram-transformer": Architecture(
         "speech",
         "audio-spectrogram-transformer",
