@@ -30,8 +30,16 @@ REFUSED: dict[str, Refusal] = {
     "xlnet": Refusal("SPARC104", "", "torch.export: it cannot prove that (2n − 1) mod n ≠ 0, which holds for n ≥ 2"),
     "longformer": Refusal("SPARC101", "in _chunk", f"{_READS_VALUES} (the number of chunks goes through a tensor)"),
     "reformer": Refusal("SPARC109", "", "the model returns a cache of a class that torch cannot take apart"),
-    "recurrent_gemma": Refusal("SPARC104", "", "the model walks over the positions in Python: `seq` cannot vary"),
-    "jamba": Refusal("SPARC104", "", "the model walks over the positions in Python: `seq` cannot vary"),
+    "recurrent_gemma": Refusal(
+        "SPARC104",
+        "",
+        "the model walks over the positions in Python: `seq` cannot vary (with `batch` alone it compiles)",
+    ),
+    "jamba": Refusal(
+        "SPARC104",
+        "",
+        "the model walks over the positions in Python: `seq` cannot vary (with `batch` alone it compiles)",
+    ),
     "dbrx": Refusal("SPARC101", "expert_idx in expert_hit", f"{_READS_VALUES} (which experts are hit)"),
     "fsmt": Refusal("SPARC101", "make_padding_mask", f"{_READS_VALUES} (whether anything is padded)"),
     "vit_mae": Refusal("SPARC111", "embeddings", "the model masks random patches, also in eval mode"),
