@@ -94,7 +94,7 @@ def compile(
     captured = _capture(model, example_inputs, dynamic, diagnostics)
     samples = make_samples(captured, example_inputs, data, diagnostics)
     driver = Driver(captured, samples, diagnostics, verify=verify)
-    baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])
+    plain, baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])
     context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
     emission = place.emit(driver.program, context)
     if verify != "types":
@@ -102,7 +102,7 @@ def compile(
     artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml())
     _gather_evidence(artifact, captured, baseline, samples, target)
     if measure:
-        _measure(artifact, model, example_inputs, place, baseline, context)
+        _measure(artifact, model, example_inputs, place, plain, context)
     driver.ledger.summary.metric = evidence.check_metric(metric, artifact)
     return artifact
 
@@ -143,13 +143,14 @@ def check_verify(verify: str) -> None:
         )
 
 
-def run_steps(driver: Driver, recipe: Recipe, legalizations: Iterable[Pass] = ()) -> Program:
-    """Run a recipe's steps; returns the program before the first step that approximates.
+def run_steps(driver: Driver, recipe: Recipe, legalizations: Iterable[Pass] = ()) -> tuple[Program, Program]:
+    """Run a recipe's steps; returns the program before the first step that serves compression, which is what the
+    artifact is timed against, and the program before the first step that approximates, which sites are compared with.
 
     Sites are assigned to steps once, when the graph has its final operators: after the last fold. What the target needs
     is run just before the first step that encodes.
     """
-    baseline = driver.program
+    plain = baseline = driver.program
     claimed: list[set[str]] | None = None
     wanted = list(legalizations)
     for index, step in enumerate(recipe.steps):
@@ -159,9 +160,11 @@ def run_steps(driver: Driver, recipe: Recipe, legalizations: Iterable[Pass] = ()
             driver.run(wanted.pop(0), "* (for the target)", remarks=False)
         where = step.where if isinstance(step.where, str) else ", ".join(step.where)
         driver.run(step.pass_, where, partial(_claims, claimed[index]) if claimed is not None else None)
+        if step.pass_.stage < Stage.CUT:
+            plain = driver.program
         if step.pass_.stage < Stage.MASK:
             baseline = driver.program
-    return baseline
+    return plain, baseline
 
 
 def _claims(claimed: set[str], site: Site) -> bool:
@@ -190,14 +193,14 @@ def _measure(
     model: nn.Module | ExportedProgram,
     examples: Any,
     place: Target,
-    baseline: Program,
+    plain: Program,
     context: EmitContext,
 ) -> None:
-    dense: Emission = place.emit(baseline, EmitContext(Diagnostics(), context.options, context.lowerings))
+    dense: Emission = place.emit(plain, EmitContext(Diagnostics(), context.options, context.lowerings))
     entry = next(iter(artifact.program.entries))
     module = model if isinstance(model, nn.Module) else model.module()
     named, _ = bind_examples(module.forward, examples)
     tensors = artifact.program.main.signature.bind((), named)
     artifact.ledger.summary.latencies = evidence.latencies(
-        artifact.emission.runner(entry), dense.runner(entry), module, named, tensors
+        artifact.emission.runner(entry, spin=False), dense.runner(entry, spin=False), module, named, tensors
     )

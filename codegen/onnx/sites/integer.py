@@ -18,6 +18,7 @@ def integer_product(e: Emitter, site: Product) -> ir.Value | None:
     """`decode(quantize(x)) @ decode(w).T + bias` for weights with a scale per row at most.
 
     tensor: `((q - z) @ (c - y)) * (s * t) + bias`, q, s, z from DynamicQuantizeLinear.
+    static: the same with a known scale and zero point.
     token: the same with a scale per row of x.
     split: the product of the coarse codes plus the product of the fine ones.
     """

@@ -54,3 +54,8 @@ def match_product(e: Emitter, node: fx.Node) -> Product | None:
     if weight is None or str(weight.view) != view:
         return None
     return Product(node, match_activation(x), weight, int_matrix(e, weight), bias)
+
+
+def requantized(node: fx.Node) -> bool:
+    """Whether a result is quantized, and read in no other way."""
+    return bool(node.users) and all(str(user.target) == "sparc.quantize.default" for user in node.users)

@@ -13,7 +13,7 @@ from torch import fx
 
 from sparc.codegen.onnx.emit import Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix
-from sparc.codegen.onnx.sites.product import Product, match_product
+from sparc.codegen.onnx.sites.product import Product, match_product, requantized
 from sparc.program import weight_nodes
 
 _LOOKUP = "aten.embedding.default"
@@ -26,6 +26,10 @@ def takes_integers(e: Emitter, site: Product) -> bool:
         return False
     if site.weight.dtype != torch.float32 or len(site.weight.matrix_shape) != 2:
         return False
+    if (
+        site.x.kind == "static"
+    ):  # of a matrix and a bias ONNX Runtime makes a float product with a matrix decoded each time
+        return e.target.flavour == "cpu" and not requantized(site.node)
     return site.x.kind in ("tensor", "token", "split")
 
 

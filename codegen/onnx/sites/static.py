@@ -9,7 +9,7 @@ from torch import fx
 from sparc.codegen.onnx.emit import Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
 from sparc.codegen.onnx.sites.match import Activation, match_activation, match_encoded
-from sparc.codegen.onnx.sites.product import Product
+from sparc.codegen.onnx.sites.product import Product, requantized
 from sparc.codegen.onnx.table.conv import conv_attributes, convolve
 from sparc.target import KernelUse
 
@@ -26,13 +26,9 @@ def static_product(e: Emitter, site: Product) -> ir.Value | None:
     axis = None if w.grid.group == "tensor" else 1
     dense = e.op("DequantizeLinear", w.codes_transposed(), w.scale(), w.zero_int8(), axis=axis)
     product = e.op("MatMul", site.x.node, dense)
-    operator = "QLinearMatMul" if _requantized(site.node) else "MatMulIntegerToFloat"
+    operator = "QLinearMatMul" if requantized(site.node) else "DequantizeLinear, MatMul"
     site.carried(e, KernelUse(operator, w.code_bytes + w.grid_bytes))
     return product if site.bias is None else e.op("Add", product, site.bias)
-
-
-def _requantized(node: fx.Node) -> bool:
-    return bool(node.users) and all(str(user.target) == "sparc.quantize.default" for user in node.users)
 
 
 def convolution(e: Emitter, node: fx.Node) -> ir.Value | None:
@@ -93,7 +89,7 @@ def _quantized_after(node: fx.Node) -> bool:
     users = list(node.users)
     if len(users) == 1 and str(users[0].target) in ("aten.relu.default", "aten.relu6.default", "aten.hardtanh.default"):
         return _quantized_after(users[0])
-    return _requantized(node)
+    return requantized(node)
 
 
 def _integer_bias(e: Emitter, x: Activation, w: IntMatrix, bias: Any) -> ir.Value:
