@@ -22,10 +22,10 @@ import sparc
 from benchmarks.peers import efficientnet as efficientnet_peers
 from benchmarks.peers import minilm as minilm_peers
 from benchmarks.peers.sessions import as_model, open_session
-from benchmarks.results import compare, ratio_text, save, show
+from benchmarks.results import ratio_text, save, show
+from benchmarks.timing import compare
 from examples.models import efficientnet, evaluate, minilm, smollm2, smollm2_twin
 
-Thunk = Callable[[], object]
 THREADS = 2
 
 
@@ -36,11 +36,11 @@ def compile_model(arguments: dict[str, Any], recipe: str) -> sparc.Artifact:
     return artifact
 
 
-def deployed(artifact: sparc.Artifact, folder: Path, name: str) -> Callable[..., Tensor]:
-    """The exported file in a session like the contenders', so that only the graphs differ."""
+def exported(artifact: sparc.Artifact, folder: Path, name: str) -> Path:
+    """The artifact as a file, to be run like the contenders', so that only the graphs differ."""
     path = folder / f"{name}.onnx"
     artifact.export_onnx(path)
-    return as_model(open_session(path, THREADS))
+    return path
 
 
 def size_ratio(artifact: sparc.Artifact, matrices_only: bool = False) -> dict[str, float]:
@@ -72,15 +72,14 @@ def minilm_case(folder: Path) -> dict[str, Any]:
         "ORT dynamic int8, per channel, fused attention": minilm_peers.dynamic_int8(folder),
         "ORT float32, fused": minilm_peers.float32(folder),
     }
-    contenders = {name: as_model(open_session(path, THREADS)) for name, path in peers.items()}
     figures: dict[str, Any] = {}
-    for name, contender in contenders.items():
-        score = evaluate.compare_sentences(contender, model)
+    for name, path in peers.items():
+        score = evaluate.compare_sentences(as_model(open_session(path, THREADS)), model)
         figures[name] = {"cosine mean": score.mean_cosine, "cosine min": score.min_cosine}
     for recipe in ("w8a8", "w8", "w4"):
         artifact = compile_model(minilm.minilm(), recipe)
         score = evaluate.compare_sentences(artifact, model)
-        ours = deployed(artifact, folder, recipe)
+        ours = exported(artifact, folder, recipe)
         row: dict[str, Any] = {
             "whole model": size_ratio(artifact),
             "matmul weights": size_ratio(artifact, matrices_only=True),
@@ -88,9 +87,7 @@ def minilm_case(folder: Path) -> dict[str, Any]:
             "cosine min": score.min_cosine,
         }
         for batch in (1, 8):
-            inputs = text_inputs(batch, 128)
-            thunks = {name: _call(contender, inputs) for name, contender in contenders.items()}
-            row[f"latency {batch}x128"] = compare(_call(ours, inputs), thunks)
+            row[f"latency {batch}x128"] = compare(ours, peers, text_inputs(batch, 128), THREADS)
         figures[recipe] = row
     return figures
 
@@ -98,23 +95,22 @@ def minilm_case(folder: Path) -> dict[str, Any]:
 def efficientnet_case(folder: Path) -> dict[str, Any]:
     """EfficientNet-Lite0: `w8a8-static` against ONNX Runtime's own QDQ, both calibrated on the same photographs."""
     model = efficientnet.load()
-    contenders = {
-        "ORT QDQ u8s8": as_model(open_session(efficientnet_peers.static_int8(folder), THREADS)),
-        "ORT float32": as_model(open_session(efficientnet_peers.float32(folder), THREADS)),
+    peers = {
+        "ORT QDQ u8s8": efficientnet_peers.static_int8(folder),
+        "ORT float32": efficientnet_peers.float32(folder),
     }
     figures: dict[str, Any] = {}
-    for name, contender in contenders.items():
-        score = evaluate.compare_images(contender, model)
+    for name, path in peers.items():
+        score = evaluate.compare_images(as_model(open_session(path, THREADS)), model)
         figures[name] = {"top-1 agreement": score.top1_agreement, "logit cosine": score.mean_cosine}
     artifact = compile_model(efficientnet.efficientnet(), "w8a8-static")
     score = evaluate.compare_images(artifact, model)
     inputs = {"pixel_values": torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))}
-    thunks = {name: _call(contender, inputs) for name, contender in contenders.items()}
     figures["w8a8-static"] = {
         "whole model": size_ratio(artifact),
         "top-1 agreement": score.top1_agreement,
         "logit cosine": score.mean_cosine,
-        "latency 1x224x224": compare(_call(deployed(artifact, folder, "w8a8-static"), inputs), thunks),
+        "latency 1x224x224": compare(exported(artifact, folder, "w8a8-static"), peers, inputs, THREADS),
     }
     return figures
 
@@ -125,7 +121,7 @@ def language_model_case(arguments: Callable[[], dict[str, Any]], folder: Path) -
     """
     given = arguments()
     figures: dict[str, Any] = {"float32": {"perplexity": evaluate.perplexity(given["model"])}}
-    dense = deployed(compile_model(given, "dense"), folder, "dense")
+    dense = {"float32, same runtime": exported(compile_model(given, "dense"), folder, "dense")}
     inputs = {"input_ids": text_inputs(1, 256)["input_ids"]}
     for recipe in ("w8", "w4"):
         artifact = compile_model(given, recipe)
@@ -134,9 +130,7 @@ def language_model_case(arguments: Callable[[], dict[str, Any]], folder: Path) -
             "whole model": size_ratio(artifact),
             "perplexity": perplexity,
             "above float32": perplexity / figures["float32"]["perplexity"] - 1,
-            "latency 1x256": compare(
-                _call(deployed(artifact, folder, recipe), inputs), {"float32, same runtime": _call(dense, inputs)}
-            ),
+            "latency 1x256": compare(exported(artifact, folder, recipe), dense, inputs, THREADS),
         }
     return figures
 
@@ -155,10 +149,6 @@ def compile_time_case() -> dict[str, Any]:
         "peak bytes above imports": peak,
         "times the weights": peak / artifact.ledger.summary.dense_bytes,
     }
-
-
-def _call(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Thunk:
-    return lambda: model(**inputs)
 
 
 def _flat(figures: dict[str, Any], prefix: str = "") -> list[dict[str, Any]]:

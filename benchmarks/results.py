@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sparc.ledger import Ratio
-from sparc.measure import paired_ratio
 
 FOLDER = Path(__file__).parent / "results"
-PAIRS = 200
 
 
 def machine() -> dict[str, Any]:
@@ -36,15 +34,6 @@ def machine() -> dict[str, Any]:
 def _cpuinfo() -> Sequence[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else ()
-
-
-def compare(
-    ours: Callable[[], object], contenders: Mapping[str, Callable[[], object]], pairs: int = PAIRS
-) -> list[dict[str, Any]]:
-    """Paired, interleaved ratios of `ours` to every contender, and to itself as the control."""
-    rows = [paired_ratio(ours, ours, "itself (control)", pairs=pairs, budget=1e9)]
-    rows += [paired_ratio(ours, other, name, pairs=pairs, budget=1e9) for name, other in contenders.items()]
-    return [asdict(row) for row in rows]
 
 
 def ratio_text(row: Mapping[str, Any] | Ratio) -> str:

@@ -91,7 +91,7 @@ def test_writing_a_weight_drops_its_grid(program):
 
 
 def test_running_changes_nothing(program):
-    """Sharp edge: a module of an exported program shares buffers, so that running can change state. Programs are pure."""
+    """Running a module of an exported program can change shared buffers; programs are pure."""
     before = {name: tensor.clone() for name, tensor in program.weights.items()}
     program.run(torch.randn(3, 4))
     module = program.module(train=True)

@@ -1,14 +1,8 @@
-"""Runs ONNX files on ONNX Runtime's CPU provider.
-
-All sessions share one pool of threads. With a pool for each session, as is the default, the idle threads of one session
-go on spinning for a while after its run and take processor time from the next session's: called in turns, both then
-take up to twice as long as alone.
-"""
+"""Runs ONNX files on ONNX Runtime's CPU provider."""
 
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import onnx
@@ -17,19 +11,11 @@ import torch
 from torch import Tensor
 
 
-@cache
-def share_threads(threads: int) -> None:
-    """Give the process its pool of `threads` threads; ONNX Runtime takes the size it is told first."""
-    ort.set_global_thread_pool_sizes(threads, 1)
-
-
 def open_session(path: Path, threads: int = 2, optimized: Path | None = None) -> ort.InferenceSession:
-    """Return a CPU session on the process's `threads` threads; `optimized` is where to write the graph that really
-    runs.
-    """
-    share_threads(threads)
+    """Return a CPU session on `threads` cores; `optimized` is where to write the graph that really runs."""
     options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
     options.log_severity_level = 3
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
