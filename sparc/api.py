@@ -65,7 +65,7 @@ def compile(
     options: Mapping[str, Any] | None = None,
     measure: bool = True,
 ) -> Artifact:
-    """Capture a model, compress it by a recipe, check everything, and lower it to a target.
+    """Capture a model, compress it by a recipe, check everything, and lower it: the artifact is called like the model.
 
     Args:
         model: a module in float32, or an exported program.
@@ -79,9 +79,6 @@ def compile(
         verify: `types`, `sample` or `full`.
         options: options of the target, such as `opset`.
         measure: time the artifact against the uncompressed model.
-
-    Returns:
-        An artifact that is called exactly like the model.
 
     Raises:
         SparcError: a diagnostic with a stable code, what, where, why and what to do next; nothing is left behind.

@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,15 +277,8 @@ def to_program(
     fake_mode = torch._guards.detect_fake_mode(
         [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
     )
-    full = Signature(
-        signature.parameters,
-        signature.inputs,
-        signature.input_leaves,
-        signature.output,
-        output_leaves,
-        signature.positional,
-    )
-    program = Program(weights, {entry: Entry(graph, full, fake_mode, names)})  # type: ignore[arg-type]
+    called = replace(signature, output_leaves=output_leaves)
+    program = Program(weights, {entry: Entry(graph, called, fake_mode, names)})  # type: ignore[arg-type]
     program.sweep()
     _refuse_random(program)
     return program

@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
+from benchmarks.page import README, place
 
 
 @pytest.fixture
@@ -50,3 +51,8 @@ def test_all_cases_run_though_one_fails(started: list[str]) -> None:
 def test_a_misspelt_case_starts_nothing(started: list[str]) -> None:
     assert invoke("minilm", "twn").exit_code == 2
     assert not started
+
+
+def test_the_readme_shows_the_results_in_the_repository() -> None:
+    text = README.read_text()
+    assert place(text) == text, "run python -m benchmarks.page"
