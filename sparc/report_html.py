@@ -110,7 +110,7 @@ def _error_tile(summary: Summary) -> list[Tile]:
     cosines = [figures["cosine"] for figures in summary.errors.values() if "cosine" in figures]
     source = "held-out inputs" if summary.data == "held out" else f"{summary.data} inputs"
     detail = f"cosine {min(cosines):.5f}, {source}" if cosines else source
-    return [Tile("largest output error", f"{100 * worst:.2g}%", detail)]
+    return [Tile("largest output error", f"{100 * worst:.3g}%", detail)]
 
 
 # plots ----------------------------------------------------------------------------------------------------------------
