@@ -49,8 +49,8 @@ def _efficientnet(figures: Mapping[str, Any]) -> str:
 def _language(title: str, recipe: str, figures: Mapping[str, Any]) -> str:
     row = figures[recipe]
     fidelity = f"perplexity {row['perplexity']:.2f} ({row['above float32']:+.1%})"
-    timed = _ratios(row["latency 1x256"]) if "latency 1x256" in row else {}
-    time = f"{timed['float32, same runtime']} × float32" if timed else "the same"
+    runs = [_ratios(row[key])["float32, same runtime"] for key in row if key.startswith("latency")]
+    time = " and ".join(dict.fromkeys(runs)) + " × float32" if runs else "the same"
     return _row(title, recipe, "1x256", row["whole model"], fidelity, time)
 
 

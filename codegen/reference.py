@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparc import codes
+from sparc.diag import LoweringError
 from sparc.encoding.operators import is_decode
 from sparc.program import Program, is_weight
 from sparc.target import EmitContext, KernelUse, Runner, Span, StoredTensor
@@ -52,7 +54,12 @@ class ReferenceTarget:
 
     name = "reference"
     legalizations: Sequence[tuple[str, Mapping[str, Any]]] = ()
-    legalizations = ()
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises LoweringError SPARC209 for any option: it has none."""
+        if options:
+            what = f"target {self.name!r} has no option {next(iter(options))!r}"
+            raise LoweringError(codes.BAD_OPTION, what, hint="leave options= out")
 
     def emit(self, program: Program, context: EmitContext) -> ReferenceEmission:
         """The program as it is."""

@@ -85,9 +85,9 @@ def compile(
     """
     diagnostics = Diagnostics()
     known = registry(diagnostics)
-    place = known.target(target.removesuffix(":cpu"))
-    chosen = resolve_recipe(recipe, known)
+    place, chosen = known.target(target.removesuffix(":cpu")), resolve_recipe(recipe, known)
     check_verify(verify)
+    place.check_options(options or {})
     captured = _capture(model, example_inputs, dynamic, diagnostics)
     samples = make_samples(captured, example_inputs, data, diagnostics)
     driver = Driver(captured, samples, diagnostics, verify=verify)

@@ -154,6 +154,14 @@ class Target(Protocol):
         """The passes it needs."""
         ...
 
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that `emit` could not use; asked before anything is done.
+
+        Raises:
+            LoweringError: SPARC209, SPARC407.
+        """
+        ...
+
     def emit(self, program: Program, context: EmitContext) -> Emission:
         """Lower a program. The program may be used and edited afterwards; the emission shares its tensors.
 

@@ -70,6 +70,8 @@ def raises() -> Any:
         ({"options": {"opsett": 21}}, "SPARC209", ["'opsett'", "did you mean opset?"]),
         ({"options": {"opset": "new"}}, "SPARC209", ["'new'", "18 to 24"]),
         ({"options": {"opset": 99}}, "SPARC407", ["99", "18 to 24"]),
+        ({"options": {"opset": 21}, "target": "reference"}, "SPARC209", ["'reference' has no option 'opset'"]),
+        ({"options": {"opsett": 21}, "model": Branch()}, "SPARC209", ["'opsett'"]),
     ],
 )
 def test_compile_says_what_is_wrong(options: dict[str, Any], code: str, words: list[str]) -> None:

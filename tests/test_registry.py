@@ -51,6 +51,9 @@ class Place:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def check_options(self, options: Any) -> None:
+        raise NotImplementedError
+
     def emit(self, program: Any, context: Any) -> Any:
         raise NotImplementedError
 

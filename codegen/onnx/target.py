@@ -93,6 +93,10 @@ class OnnxTarget:
             self.name, models, [stored for stored in store.tensors.values() if stored.name in read], kernels
         )
 
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises LoweringError: SPARC209 for an unknown option, SPARC407 for an opset that does not exist."""
+        self._with(options)
+
     def _with(self, options: Mapping[str, Any]) -> "OnnxTarget":
         for name in options:
             if name != "opset":
