@@ -39,9 +39,14 @@ CASES: dict[str, tuple[Callable[[], dict[str, Any]], str, Metric]] = {
 }
 
 
+_WIDTH = 120  # columns, where the output is no terminal
+
+
 def main(folder: Path = Path("out"), only: str = "") -> None:
     """Compile each model, print its report, and save artifact and HTML report under `folder`."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
     for name, (arguments, recipe, metric) in CASES.items():
         if only and name != only:
             continue
