@@ -122,6 +122,7 @@ def language_model_case(arguments: Callable[[], dict[str, Any]], folder: Path | 
     given = arguments()
     figures: dict[str, Any] = {"float32": {"perplexity": evaluate.perplexity(given["model"])}}
     inputs = {"input_ids": text_inputs(1, 256)["input_ids"]}
+    dense = folder and {"float32, same runtime": exported(compile_model(given, "dense"), folder, "dense")}
     for recipe in ("w8", "w4"):
         artifact = compile_model(given, recipe)
         perplexity = evaluate.perplexity(artifact)
@@ -130,8 +131,7 @@ def language_model_case(arguments: Callable[[], dict[str, Any]], folder: Path | 
             "perplexity": perplexity,
             "above float32": perplexity / figures["float32"]["perplexity"] - 1,
         }
-        if folder is not None:
-            dense = {"float32, same runtime": exported(compile_model(given, "dense"), folder, "dense")}
+        if folder and dense:
             figures[recipe]["latency 1x256"] = compare(exported(artifact, folder, recipe), dense, inputs, THREADS)
     return figures
 

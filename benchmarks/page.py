@@ -50,7 +50,7 @@ def _language(title: str, recipe: str, figures: Mapping[str, Any]) -> str:
     row = figures[recipe]
     fidelity = f"perplexity {row['perplexity']:.2f} ({row['above float32']:+.1%})"
     runs = [_ratios(row[key])["float32, same runtime"] for key in row if key.startswith("latency")]
-    time = " and ".join(dict.fromkeys(runs)) + " × float32" if runs else "the same"
+    time = " and ".join(dict.fromkeys(runs)) + " × float32" if runs else "not timed"
     return _row(title, recipe, "1x256", row["whole model"], fidelity, time)
 
 

@@ -37,8 +37,8 @@ def recipes() -> dict[str, Recipe]:
     - `w8`: weights in 8 bits per output channel.
     - `w4`: weights in 4 bits per group of 32, and in 8 per output channel where that removes most output noise for each
     byte of a budget; embeddings (and a head tied to one) in 8.
-    - `w8a8`: weights in 8 bits, activations quantized as they come, per tensor or per token, whichever pays at each
-    site.
+    - `w8a8`: weights in 8 bits, activations smoothed where that helps and quantized as they come, per tensor or per
+    token, whichever pays at each site.
     - `w8a8-static`: weights and activations in 8 bits, ranges calibrated on data, biases corrected.
     - `sparse24-w8`: two of every four weights, in 8 bits; embeddings only rounded.
     - `blocks64-w8`: half of the blocks of 64×64, in 8 bits; embeddings only rounded.

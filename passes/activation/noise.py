@@ -8,7 +8,7 @@ from torch import Tensor
 from sparc.encoding.int_grid import IntGrid
 
 MOST_ROWS = 1024
-"""Rows that noise is averaged over; more do not change what is chosen by it."""
+"""Rows that noise is averaged over, at most."""
 
 
 class Rows:
@@ -19,7 +19,7 @@ class Rows:
     """
 
     def __init__(self, batches: Sequence[Tensor]) -> None:
-        flat = [batch.float().flatten(0, -2) for batch in batches if batch.numel()]
+        flat = [batch.float().reshape(-1, batch.shape[-1]) for batch in batches if batch.numel()]
         step = max(1, -(-sum(map(len, flat)) // MOST_ROWS))
         self.rows = [each[::step] for each in flat]
         self._ranges = [(each.amin(0), each.amax(0)) for each in flat]

@@ -64,13 +64,17 @@ class Smooth(Pass):
     def run(self, program: Program, context: PassContext) -> None:
         """Smooth every value where that is worth a multiplication."""
         for group in input_groups(program, context):
-            if context.statistics is None or not context.statistics(group.x, "batches"):
+            extent = None if context.statistics is None else context.statistics(group.x, "absmax")
+            if context.statistics is None or extent is None:
+                context.skip(group.x, "no calibration data reached it")
                 continue
             x, matrix = Rows(context.statistics(group.x, "batches")), group.matrix(program)
-            extent = context.statistics(group.x, "absmax")
             factor = factors(extent, matrix.abs().amax(0), self.strength).float()
-            noises = [product_noise(x, matrix, PER_TENSOR, each, _WEIGHTS) for each in (None, factor)]
-            if noises[0] - noises[1] >= self.gain and context.edit():
+            plain, smoothed = (product_noise(x, matrix, PER_TENSOR, each, _WEIGHTS) for each in (None, factor))
+            if plain - smoothed < self.gain:
+                why = f"smoothing gains {plain - smoothed:.2g} of the power of what reads it, less than {self.gain:g}"
+                context.skip(group.sites[0].weight, why, group.sites[0].location)
+            elif context.edit():
                 multiply(program, group, factor)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparc.api import run_steps
 from sparc.diag import PassError
 from sparc.driver import Driver
 from sparc.encoding.int_grid import IntGrid
@@ -12,6 +13,7 @@ from sparc.passes.activation.insert import PER_TENSOR, PER_TOKEN
 from sparc.passes.activation.noise import Rows, product_noise
 from sparc.passes.equalize.smooth import Smooth
 from sparc.passes.round import Round
+from sparc.recipe import Recipe, Step
 from sparc.verify import snr_db
 from tests.passes.models import Tied, driver
 
@@ -76,6 +78,8 @@ def test_even_channels_are_not_worth_a_multiplication() -> None:
     _, chosen = smoothed(Outliers(outliers=1.0), Smooth())
     assert not products(chosen)
     assert chosen.ledger.passes[-1].changed == 0
+    assert [skip.where for skip in chosen.ledger.passes[-1].skips] == ["left.weight"]
+    assert "less than 0.0008" in chosen.ledger.passes[-1].skips[0].why
 
 
 @pytest.mark.parametrize("gain", [0.0, 1.0])
@@ -88,7 +92,7 @@ def test_the_gain_decides(gain: float) -> None:
 def test_what_is_left_alone_says_why() -> None:
     torch.manual_seed(0)
     chosen = driver(Tied(), (torch.randint(0, 40, (2, 7)),))
-    row = chosen.run(Smooth(gain=0.0))
+    row = chosen.run(Smooth(gain=-1.0))
     assert {(skip.where, skip.why) for skip in row.skips} == {("embedding.weight", "only matrix products are smoothed")}
 
 
@@ -100,6 +104,23 @@ def test_a_rounded_weight_is_left_alone() -> None:
     row = chosen.run(Smooth(gain=0.0))
     assert not products(chosen)
     assert {skip.why for skip in row.skips} == {"its weight is rounded already"}
+
+
+def test_a_vector_is_a_row() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(24, 8), torch.randn(24)
+    chosen = driver(model, (x,))
+    chosen.run(Smooth(gain=-1.0))
+    assert len(products(chosen)) == 1
+    assert torch.allclose(chosen.program.run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_latency_is_measured_against_the_model_before_smoothing() -> None:
+    torch.manual_seed(0)
+    chosen = driver(Outliers(), (torch.randn(4, 6, 24),))
+    plain, baseline = run_steps(chosen, Recipe((Step(Smooth(gain=0.0)), Step(Round(IntGrid(8))))))
+    count = [sum(node.target is aten.mul.Tensor for node in program.graph.nodes) for program in (plain, baseline)]
+    assert count == [0, 1]
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1])
