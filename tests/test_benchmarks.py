@@ -1,13 +1,18 @@
 """`python -m benchmarks`: which cases it starts, each in a process of its own."""
 
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from torch import nn
 from typer.testing import CliRunner
 
+import sparc
 from benchmarks import __main__ as command
+from benchmarks import timing
 from benchmarks.page import README, place
 
 
@@ -56,3 +61,15 @@ def test_a_misspelt_case_starts_nothing(started: list[str]) -> None:
 def test_the_readme_shows_the_results_in_the_repository() -> None:
     text = README.read_text()
     assert place(text) == text, "run python -m benchmarks.page"
+
+
+def test_files_are_timed_in_turns(tmp_path: Path) -> None:
+    x = torch.randn(2, 8)
+    files = {}
+    for name, width in (("small", 8), ("large", 256)):
+        files[name] = tmp_path / f"{name}.onnx"
+        model = nn.Sequential(nn.Linear(8, width), nn.Linear(width, 8))
+        sparc.compile(model, (x,), recipe="dense", verify="types", measure=False).export_onnx(files[name])
+    rows = timing.compare(files["small"], {"large": files["large"]}, {"input": x}, threads=1)
+    assert [(row["against"], row["pairs"]) for row in rows] == [("itself (control)", 200), ("large", 200)]
+    assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)

@@ -185,3 +185,11 @@ def test_layouts_can_be_restored(way: str, tensor: Tensor, shape: tuple[int, ...
     restored = layout.restore(way, stored, tensor.shape)
     assert restored.dtype == tensor.dtype
     assert torch.equal(restored, tensor)
+
+
+def test_idle_threads_can_sleep() -> None:
+    name = "session.intra_op.allow_spinning"
+    spinning, sleeping = (emit(program()).runner(spin=spin).session.get_session_options() for spin in (True, False))  # type: ignore[attr-defined]
+    assert sleeping.get_session_config_entry(name) == "0"
+    with pytest.raises(RuntimeError, match=name):
+        spinning.get_session_config_entry(name)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from sparc.codegen.onnx.emit import Emitter
@@ -59,3 +60,17 @@ def match_product(e: Emitter, node: fx.Node) -> Product | None:
 def requantized(node: fx.Node) -> bool:
     """Whether a result is quantized, and read in no other way."""
     return bool(node.users) and all(str(user.target) == "sparc.quantize.default" for user in node.users)
+
+
+def takes_integers(e: Emitter, site: Product) -> bool:
+    """Whether an integer product carries a site: 8-bit weights, a scale per row at most, and an x of 8-bit codes."""
+    w = site.matrix
+    if e.target.flavour == "cuda" or w is None or w.grid.bits != 8 or not w.per_channel or w.grid.zero != "integer":
+        return False
+    if site.weight.dtype != torch.float32 or len(site.weight.matrix_shape) != 2:
+        return False
+    if (
+        site.x.kind == "static"
+    ):  # of a matrix and a bias ONNX Runtime makes a float product with a matrix decoded each time
+        return e.target.flavour == "cpu" and not requantized(site.node)
+    return site.x.kind in ("tensor", "token", "split")

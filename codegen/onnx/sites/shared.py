@@ -8,29 +8,14 @@ its columns. A product then takes longer for few rows of x than on a packed copy
 from collections.abc import Iterator
 
 import onnx_ir as ir
-import torch
 from torch import fx
 
 from sparc.codegen.onnx.emit import Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix
-from sparc.codegen.onnx.sites.product import Product, match_product, requantized
+from sparc.codegen.onnx.sites.product import match_product, takes_integers
 from sparc.program import weight_nodes
 
 _LOOKUP = "aten.embedding.default"
-
-
-def takes_integers(e: Emitter, site: Product) -> bool:
-    """Whether an integer product carries a site: 8-bit weights, a scale per row at most, and an x of 8-bit codes."""
-    w = site.matrix
-    if e.target.flavour == "cuda" or w is None or w.grid.bits != 8 or not w.per_channel or w.grid.zero != "integer":
-        return False
-    if site.weight.dtype != torch.float32 or len(site.weight.matrix_shape) != 2:
-        return False
-    if (
-        site.x.kind == "static"
-    ):  # of a matrix and a bias ONNX Runtime makes a float product with a matrix decoded each time
-        return e.target.flavour == "cpu" and not requantized(site.node)
-    return site.x.kind in ("tensor", "token", "split")
 
 
 def shares_columns(e: Emitter, w: IntMatrix) -> bool:
