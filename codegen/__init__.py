@@ -10,6 +10,9 @@ def extension() -> Extension:
     """sparc's own targets, as the extension they are."""
     from sparc.codegen.onnx.target import OnnxTarget
     from sparc.codegen.reference import ReferenceTarget
+    from sparc.codegen.triton.chips import CAPABILITIES
+    from sparc.codegen.triton.target import TritonTarget
 
     flavours = (OnnxTarget("cpu"), OnnxTarget("portable"), OnnxTarget("cuda"))
-    return Extension("sparc-targets", targets=(*flavours, ReferenceTarget()))
+    chips = (TritonTarget(), *(TritonTarget(capability) for capability in CAPABILITIES))
+    return Extension("sparc-targets", targets=(*flavours, *chips, ReferenceTarget()))

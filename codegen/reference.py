@@ -16,6 +16,8 @@ from sparc.target import EmitContext, KernelUse, Runner, Span, StoredTensor
 class ReferenceEmission:
     """A program that stays as it is; its weights are stored under their own names."""
 
+    native = True
+
     def __init__(self, program: Program) -> None:
         """Args: the program."""
         self.target = "reference"

@@ -9,10 +9,7 @@ from sparc.registry import Extension
 
 def extension() -> Extension:
     """sparc's own passes, encodings and recipes, as the extension they are."""
-    from sparc.encoding.blocks import Blocks
-    from sparc.encoding.dense import Dense
-    from sparc.encoding.int_grid import IntGrid
-    from sparc.encoding.nm import NM
+    from sparc.encoding.parse import BUILTIN
     from sparc.passes.activation.correct import CorrectBias
     from sparc.passes.activation.dynamic import QuantizeActivations
     from sparc.passes.activation.pairs import CancelPairs
@@ -31,4 +28,4 @@ def extension() -> Extension:
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, Equalize, Smooth, Prune, Round, *activations, Encode)
-    return Extension("sparc", passes=passes, encodings=(Dense, IntGrid, NM, Blocks), recipes=recipes())
+    return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

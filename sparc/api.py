@@ -25,7 +25,7 @@ from sparc.registry import Registry
 from sparc.samples import Data, make_samples
 from sparc.selector import assign
 from sparc.signature import bind_examples
-from sparc.target import Emission, EmitContext, Target
+from sparc.target import Emission, EmitContext, Estimating, Target
 
 RecipeLike = str | Path | Recipe | Iterable[Pass | Step]
 
@@ -193,11 +193,14 @@ def _measure(
     plain: Program,
     context: EmitContext,
 ) -> None:
-    dense: Emission = place.emit(plain, EmitContext(Diagnostics(), context.options, context.lowerings))
     entry = next(iter(artifact.program.entries))
     module = model if isinstance(model, nn.Module) else model.module()
     named, _ = bind_examples(module.forward, examples)
     tensors = artifact.program.main.signature.bind((), named)
+    if isinstance(artifact.emission, Estimating) and not artifact.emission.native:
+        artifact.ledger.summary.latencies = [artifact.emission.estimate(tensors, entry)]
+        return
+    dense: Emission = place.emit(plain, EmitContext(Diagnostics(), context.options, context.lowerings))
     artifact.ledger.summary.latencies = evidence.latencies(
         artifact.emission.runner(entry, spin=False), dense.runner(entry, spin=False), module, named, tensors
     )

@@ -267,6 +267,37 @@ LOWERING_FAILED = Code(
     "something that is no ONNX value.",
     "report it to the author of the function named; another target or encoding does without it",
 )
+KERNEL_FAILED = Code(
+    "SPARC409",
+    "a generated kernel does not compile",
+    "Triton or ptxas refused the source that was generated for a site.",
+    "report it with the kernel named; another encoding or target does without it",
+)
+TARGET_UNAVAILABLE = Code(
+    "SPARC410",
+    "the target cannot be used here",
+    "The target `cuda` needs Triton 3.6 or later, and a GPU of compute capability 8.0 or later where none is named.",
+    'install triton, or name the chip to compile for, such as target="cuda:sm_90"',
+)
+LEFT_TO_TORCH = Code(
+    "SPARC411",
+    "a compressed weight has no generated kernel",
+    "No kernel template takes the product that reads it. The weight is decoded once, kept dense in memory, and the "
+    "operator is torch's own.",
+)
+SHAPE_TOO_LARGE = Code(
+    "SPARC412",
+    "a tensor is larger than the kernel's indices",
+    "Kernels count elements of activations in 32 bits; nothing was launched.",
+    "call it with fewer tokens at a time",
+)
+INTERPRETED = Code(
+    "SPARC413",
+    "kernels run in Triton's interpreter",
+    "There is no GPU of the target's kind here. The interpreter computes what the kernels compute, thousands of times "
+    "slower; times in the report are the cost model's estimates.",
+    "load the artifact on a machine with the GPU",
+)
 
 # 5xx: artifacts -----------------------------------------------------------------------------------------------------
 ARTIFACT_MISSING_FILE = Code(

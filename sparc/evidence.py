@@ -139,7 +139,8 @@ def summarize(
     carried = sum(kernel.resident_bytes for kernel in emission.kernels.values())
     resident = files.read + carried - _carried_bytes(program, emission, files)
     summary = Summary(target, "synthetic" if samples.synthetic else "held out", dense_bytes, files.total, resident)
-    actual = run_all(emission.runner(entry), batches)
+    run = emission.runner(entry) if emission.native else lambda tensors: program.run_flat(list(tensors), entry=entry)
+    actual = run_all(run, batches)
     check_finite(names, expected, actual)
     summary.errors = output_errors(names, expected, actual)
     summary.parity = parity

@@ -60,7 +60,8 @@ def summary_lines(summary: Summary, sites: Sequence[SiteRow]) -> RenderableType:
             "error" if index == 0 else "", Text(f"{name}: {shown}{parity}" + (f"  ({source})" if index == 0 else ""))
         )
     for index, ratio in enumerate(summary.latencies):
-        line = Text(f"{data.ratio_text(ratio)} {ratio.against}  ({ratio.pairs} pairs, 95% interval)")
+        measured = f"{ratio.pairs} pairs, 95% interval" if ratio.pairs else "by the cost model: unmeasured"
+        line = Text(f"{data.ratio_text(ratio)} {ratio.against}  ({measured})")
         line.stylize("green" if ratio.high < 1 else "red" if ratio.low > 1 else "yellow", 0, 6)
         grid.add_row("latency" if index == 0 else "", line)
     if summary.metric is not None:

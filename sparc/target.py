@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparc.diag import Diagnostics
 from sparc.layout import IDENTITY
+from sparc.ledger import Ratio
 from sparc.program import Program
 
 Runner = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -80,6 +81,13 @@ class Emission(Protocol):
     stored: list[StoredTensor]
     kernels: Mapping[str, KernelUse]  # by the name of the weight's site: the original weight's name
 
+    @property
+    def native(self) -> bool:
+        """Whether this machine can run it as the user's would: if not, times are estimates, and `estimate` gives
+        one.
+        """
+        ...
+
     def runner(self, entry: str | None = None, *, threads: int | None = None, spin: bool = True) -> Runner:
         """A callable on one tensor per placeholder, in the target's runtime.
 
@@ -134,6 +142,15 @@ class EmitContext:
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
     options: Mapping[str, Any] = field(default_factory=dict)
     lowerings: Mapping[tuple[str, str], Lowering] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Estimating(Protocol):
+    """An emission that can say what it would take where it cannot be run."""
+
+    def estimate(self, tensors: Sequence[Tensor], entry: str | None = None) -> Ratio:
+        """The time of an entry against the uncompressed one, by a cost model, at the shapes of `tensors`."""
+        ...
 
 
 @runtime_checkable

@@ -182,7 +182,8 @@ def test_every_dependency_is_declared_and_used() -> None:
             if name not in sys.stdlib_module_names and name != "sparc":
                 used |= {each.lower().replace("_", "-") for each in distributions.get(name, [name])}
     needed = declared(PROJECT["project"]["dependencies"])
-    optional = declared(PROJECT["project"]["optional-dependencies"]["models"]) - needed
+    extras = PROJECT["project"]["optional-dependencies"]
+    optional = declared([*extras["models"], *extras["cuda"]]) - needed
     assert used - optional == needed
 
 

@@ -219,7 +219,7 @@ def step(text: str, name: str = "round") -> str:
         (step("", "rund"), "SPARC201", "did you mean round?"),
         (step("encoding = 'IntGird(bits=4)'"), "SPARC201", "did you mean IntGrid?"),
         (step("encoding = 'os.system(1)'"), "SPARC209", "os.system"),
-        (step("encoding = 'IntGrid(bits=3)'"), "SPARC209", "bits is 2, 4 or 8"),
+        (step("encoding = 'IntGrid(bits=5)'"), "SPARC209", "bits is 2, 3, 4 or 8"),
         (step("serch = true"), "SPARC209", "did you mean search?"),
         (step("search = 1"), "SPARC209", "option 'search' of step 1 ('round') is 1\n  why:   expected true or false"),
         (step("steps = true"), "SPARC209", "expected a whole number"),

@@ -40,6 +40,11 @@ class OnnxEmission:
     stored: list[StoredTensor]
     kernels: Mapping[str, KernelUse] = field(default_factory=dict)
 
+    @property
+    def native(self) -> bool:
+        """ONNX Runtime runs everywhere."""
+        return True
+
     def file_name(self, entry: str) -> str:
         """The entry's model file: `model.onnx` for the first."""
         return "model.onnx" if entry == next(iter(self.models)) else f"{entry}.onnx"

@@ -20,8 +20,8 @@ from torch import fx
 from torch._ops import OpOverload
 
 from sparc import codes
+from sparc.codegen.encoded import Encoded, match_encoded
 from sparc.codegen.onnx.emit import Emitter, Result, Rule
-from sparc.codegen.onnx.sites.match import Encoded, match_encoded
 from sparc.diag import LoweringError, SparcError
 from sparc.encoding.operators import is_decode
 from sparc.program import location

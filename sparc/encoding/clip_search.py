@@ -1,7 +1,7 @@
 """Looking for the integer grid of least squared error in each group.
 
 Three ideas, one after the other. Spans: if the values lie on a grid already but do not use its outermost codes, their
-range spans fewer steps than min-max gives it; for 2 and 4 bits, each number of steps is tried, which finds such a grid
+range spans fewer steps than min-max gives it; for 2 to 4 bits, each number of steps is tried, which finds such a grid
 again. Clips: the range is shrunk step by step and the best is kept (the `mse` option of GPTQ, Frantar et al. 2022, with
 exponent 2). Alternation: for the codes found, the best scale and minimum are a linear least squares problem; for the
 new grid, the nearest codes are found again (as in llama.cpp's quantizers, and in HQQ, Badri and Shaji 2023).

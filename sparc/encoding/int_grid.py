@@ -1,6 +1,5 @@
 """Integer grids: `code * scale`, `(code - zero) * scale` or `code * scale + minimum`, per tensor, channel or group."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,12 +8,23 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparc import codes as diagnostic_codes
-from sparc.diag import PassError
 from sparc.encoding.base import ElementEncoding, saturate
 from sparc.encoding.bits import pack_bits, unpack_bits
 from sparc.encoding.clip_search import clip_search
 from sparc.encoding.grid import Grid
+from sparc.encoding.groups import (
+    Group,
+    ScaleDtype,
+    bad_option,
+    check_group,
+    check_scale_dtype,
+    column,
+    group_count,
+    grouped,
+    stored_scale,
+    ungrouped,
+    why_no_matrix,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class IntGrid(ElementEncoding):
     """Evenly spaced values.
 
     Args:
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4 or 8.
         group: how many consecutive columns share a scale; `"channel"` for a whole row (for an activation: a token),
             `"tensor"` for everything. The last group of a row may be shorter.
         symmetric: codes are signed and zero is code 0. Otherwise codes are unsigned.
@@ -34,24 +44,22 @@ class IntGrid(ElementEncoding):
     shown = ("bits",)
 
     bits: int = 8
-    group: int | Literal["channel", "tensor"] = "channel"
+    group: Group = "channel"
     symmetric: bool = True
     zero: Literal["integer", "minimum"] = "integer"
-    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    scale_dtype: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in (2, 4, 8):
-            raise _bad(f"IntGrid has no {self.bits!r}-bit codes", "bits is 2, 4 or 8")
-        if self.group not in ("channel", "tensor") and (type(self.group) is not int or self.group < 2):
-            raise _bad(f"IntGrid cannot group by {self.group!r}", 'a number ≥ 2, "channel" or "tensor"')
+        if type(self.bits) is not int or self.bits not in (2, 3, 4, 8):
+            raise bad_option(f"IntGrid has no {self.bits!r}-bit codes", "bits is 2, 3, 4 or 8")
+        check_group(self, self.group)
         if not isinstance(self.symmetric, bool):
-            raise _bad(f"IntGrid cannot be symmetric={self.symmetric!r}", "True or False")
+            raise bad_option(f"IntGrid cannot be symmetric={self.symmetric!r}", "True or False")
         if self.zero not in ("integer", "minimum"):
-            raise _bad(f"IntGrid has no zero={self.zero!r}", '"integer" or "minimum"')
-        if self.scale_dtype not in ("float32", "float16", "bfloat16"):
-            raise _bad(f"IntGrid has no scale_dtype={self.scale_dtype!r}", '"float32", "float16" or "bfloat16"')
+            raise bad_option(f"IntGrid has no zero={self.zero!r}", '"integer" or "minimum"')
+        check_scale_dtype(self, self.scale_dtype)
         if self.symmetric and self.zero == "minimum":
-            raise _bad("a symmetric IntGrid has no minimum", "add symmetric=False")
+            raise bad_option("a symmetric IntGrid has no minimum", "add symmetric=False")
 
     # shapes ---------------------------------------------------------------------------------------------------------
     @property
@@ -78,26 +86,7 @@ class IntGrid(ElementEncoding):
 
     def accepts(self, shape: Sequence[int]) -> str | None:
         """Any matrix with at least one element."""
-        if len(shape) < 2:
-            return f"a tensor of rank {len(shape)} is no matrix"
-        return "it is empty" if math.prod(shape) == 0 else None
-
-    def _grouped(self, matrix: Tensor) -> Tensor:
-        """`[..., out, reduce]` as `[..., out, groups, group]`; a short last group is filled with its own last value."""
-        if self.group == "tensor":
-            return matrix.reshape(*[1] * (matrix.ndim - 1), 1, -1)
-        if self.group == "channel":
-            return matrix.unsqueeze(-2)
-        short = -matrix.shape[-1] % self.group
-        if short:
-            matrix = torch.cat([matrix, matrix[..., -1:].expand(*matrix.shape[:-1], short)], dim=-1)
-        return matrix.reshape(*matrix.shape[:-1], -1, self.group)
-
-    def _ungrouped(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
-        """The inverse of `_grouped`; contiguous."""
-        if isinstance(self.group, int) and shape[-1] % self.group:
-            return groups.flatten(-2)[..., : shape[-1]].contiguous()
-        return groups.reshape(tuple(shape))
+        return why_no_matrix(shape)
 
     # fitting --------------------------------------------------------------------------------------------------------
     def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: bool = False) -> Grid:
@@ -105,14 +94,14 @@ class IntGrid(ElementEncoding):
 
         Min-max finds a grid again, to float rounding, from weights that lie on it and use its outermost codes: both, or
         if it is symmetric, `2^(bits-1) - 1` with either sign and not `-2^(bits-1)`. Weights rounded to a min-max grid
-        do, but for one case: an integer zero point whose exact value ends in .5. The search also finds 2- and 4-bit
+        do, but for one case: an integer zero point whose exact value ends in .5. The search also finds 2- to 4-bit
         grids of which only inner codes are used.
         """
-        groups = self._grouped(weight.float())
+        groups = grouped(weight.float(), self.group)
         if importance is None or bool((importance != 0).all()):
             low, high = groups.amin(-1), groups.amax(-1)
         else:
-            ignored = self._grouped((importance == 0).expand(weight.shape))
+            ignored = grouped((importance == 0).expand(weight.shape), self.group)
             low = groups.masked_fill(ignored, torch.inf).amin(-1)
             high = groups.masked_fill(ignored, -torch.inf).amax(-1)
             low, high = low.masked_fill(low > high, 0), high.masked_fill(low > high, 0)
@@ -136,17 +125,8 @@ class IntGrid(ElementEncoding):
         return Grid(self, {"scale": scale, "zero": self.stored_zero(-low / scale.float())})
 
     def stored_scale(self, scale: Tensor) -> Tensor:
-        """Scales as stored.
-
-        Those that are not positive become 1; those below the dtype's normal numbers are rounded up, so that a tiny
-        range is still covered; those so great that a value would overflow are cut.
-        """
-        dtype = getattr(torch, self.scale_dtype)
-        limits = torch.finfo(dtype)
-        step = limits.tiny * limits.eps
-        scale = torch.where(scale < limits.tiny, torch.ceil(scale / step) * step, scale)
-        greatest = min(limits.max, torch.finfo(torch.bfloat16).max / max(-self.low, self.high + 1))
-        return torch.where(scale > 0, scale, 1).clamp(max=greatest).to(dtype)
+        """Scales as stored (`sparc.encoding.groups`)."""
+        return stored_scale(scale, self.scale_dtype, max(-self.low, self.high + 1))
 
     def stored_minimum(self, minimum: Tensor) -> Tensor:
         """Minima as stored."""
@@ -159,23 +139,23 @@ class IntGrid(ElementEncoding):
     # codes ----------------------------------------------------------------------------------------------------------
     def codes(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """`round(w / scale) + zero` or `round((w - minimum) / scale)`, half to even, clamped; computed in float32."""
-        numbers = self._grouped(weight.float())
+        numbers = grouped(weight.float(), self.group)
         if "minimum" in tensors:
-            numbers = numbers - _column(tensors["minimum"])
-        numbers = (numbers / _column(tensors["scale"])).round_()
+            numbers = numbers - column(tensors["minimum"])
+        numbers = (numbers / column(tensors["scale"])).round_()
         if "zero" in tensors:
-            numbers.add_(_column(tensors["zero"]))
-        return self._ungrouped(numbers.clamp_(self.low, self.high).to(self.code_dtype), weight.shape)
+            numbers.add_(column(tensors["zero"]))
+        return ungrouped(numbers.clamp_(self.low, self.high).to(self.code_dtype), weight.shape, self.group)
 
     def values(self, codes: Tensor, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """`(code - zero) * scale` or `code * scale + minimum`, in float32, then cast; the cast saturates."""
-        numbers = self._grouped(codes.float())
+        numbers = grouped(codes.float(), self.group)
         if "zero" in tensors:
-            numbers = numbers - _column(tensors["zero"])
-        numbers = numbers * _column(tensors["scale"])
+            numbers = numbers - column(tensors["zero"])
+        numbers = numbers * column(tensors["scale"])
         if "minimum" in tensors:
-            numbers.add_(_column(tensors["minimum"]))
-        return saturate(self._ungrouped(numbers, codes.shape), dtype)
+            numbers.add_(column(tensors["minimum"]))
+        return saturate(ungrouped(numbers, codes.shape, self.group), dtype)
 
     # storage --------------------------------------------------------------------------------------------------------
     def pack(self, codes: Tensor) -> Tensor:
@@ -196,16 +176,4 @@ class IntGrid(ElementEncoding):
         """Scales and zero points or minima of every group."""
         scale_bytes = 4 if self.scale_dtype == "float32" else 2
         each = scale_bytes + (0 if self.symmetric else 1 if self.zero == "integer" else scale_bytes)
-        if self.group == "tensor":
-            return sympy.Integer(each)
-        groups = 1 if self.group == "channel" else sympy.ceiling(sympy.sympify(shape[-1]) / self.group)
-        return sympy.prod(shape[:-1]) * groups * each
-
-
-def _bad(what: str, hint: str) -> PassError:
-    return PassError(diagnostic_codes.BAD_OPTION, what, hint=hint)
-
-
-def _column(per_group: Tensor) -> Tensor:
-    """A grid tensor `[..., out, groups]` in float32, to broadcast over the elements of each group."""
-    return per_group.float().unsqueeze(-1)
+        return group_count(shape, self.group) * each

@@ -9,13 +9,18 @@ from typing import Any
 from sparc import codes
 from sparc.diag import PassError
 from sparc.encoding.base import Encoding
+from sparc.encoding.binary_code import BinaryCode
 from sparc.encoding.blocks import Blocks
+from sparc.encoding.codebook import Codebook
 from sparc.encoding.dense import Dense
+from sparc.encoding.float8 import Float8
 from sparc.encoding.int_grid import IntGrid
+from sparc.encoding.microscaling import MXFP4, NVFP4
 from sparc.encoding.nm import NM
 from sparc.suggest import hint as suggestion
 
-BUILTIN: Mapping[str, type[Encoding]] = MappingProxyType({cls.__name__: cls for cls in (Dense, IntGrid, NM, Blocks)})
+_BUILTIN: tuple[type[Encoding], ...] = (Dense, IntGrid, Float8, MXFP4, NVFP4, Codebook, BinaryCode, NM, Blocks)
+BUILTIN: Mapping[str, type[Encoding]] = MappingProxyType({cls.__name__: cls for cls in _BUILTIN})
 MAX_LENGTH = 1000
 MAX_DEPTH = 8
 

@@ -40,7 +40,7 @@ def encoding_mutants(encoding: Encoding, shape: tuple[int, ...] = (48, 64), *, s
     twins["ScaledRound"] = _twin(encoding, "ScaledRound", round=_scaled_round)
     twins["WrongBytes"] = _twin(encoding, "WrongBytes", bytes_on=_wrong_bytes)
     twins["LostDtype"] = _twin(encoding, "LostDtype", decode=_lost_dtype)
-    if "scale" in grid.tensors:
+    if "scale" in grid.tensors and _loses(encoding, weight, _unit_scaled(grid)):
         twins["UnitScale"] = _twin(encoding, "UnitScale", fit=_unit_scale)
     if isinstance(encoding, MaskEncoding):
         twins["UnmaskedRound"] = _twin(encoding, "UnmaskedRound", round=_unmasked_round)
@@ -109,8 +109,16 @@ def _lost_dtype(
 
 
 def _unit_scale(right: type[Encoding], self: Encoding, weight: Tensor, **options: Any) -> Grid:
-    grid = right.fit(self, weight, **options)
+    return _unit_scaled(right.fit(self, weight, **options))
+
+
+def _unit_scaled(grid: Grid) -> Grid:
     return replace(grid, tensors={**grid.tensors, "scale": torch.ones_like(grid.tensors["scale"])})
+
+
+def _loses(encoding: Encoding, weight: Tensor, grid: Grid) -> bool:
+    """Whether rounding loses half of the weight; 8-bit floats keep most of it at many scales, which is no fault."""
+    return bool(2 * (encoding.round(weight, grid) - weight).square().sum() > weight.square().sum())
 
 
 def _unmasked_round(right: type[MaskEncoding], self: MaskEncoding, weight: Tensor, grid: Grid) -> Tensor:

@@ -63,6 +63,8 @@ GRIDS = [
     IntGrid(4, 10),
     IntGrid(4, 32, scale_dtype="float16"),
     IntGrid(2, 16),
+    IntGrid(3, 16),
+    IntGrid(3, 20, symmetric=False),
     IntGrid(4, symmetric=False, zero="minimum"),
     IntGrid(4, 96, symmetric=False, zero="minimum"),
 ]

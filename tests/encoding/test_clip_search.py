@@ -8,7 +8,7 @@ from sparc.encoding.int_grid import IntGrid
 
 SPECS = [
     IntGrid(bits, group, *kind, dtype)
-    for bits in (2, 4, 8)
+    for bits in (2, 3, 4, 8)
     for group, dtype in ((8, "float16"), (7, "float32"), ("channel", "bfloat16"), ("tensor", "float32"))
     for kind in ((True, "integer"), (False, "integer"), (False, "minimum"))
 ]

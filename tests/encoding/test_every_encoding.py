@@ -5,9 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparc.encoding.binary_code import BinaryCode
 from sparc.encoding.blocks import Blocks
+from sparc.encoding.codebook import Codebook
 from sparc.encoding.dense import Dense
+from sparc.encoding.float8 import Float8
 from sparc.encoding.int_grid import IntGrid
+from sparc.encoding.microscaling import MXFP4, NVFP4
 from sparc.encoding.nm import NM
 from sparc.testing import assert_encoding
 from sparc.testing.encodings import same_bits
@@ -22,12 +26,37 @@ SHIPPED = [
     IntGrid(4, 7, symmetric=False, scale_dtype="bfloat16"),
     IntGrid(4, 32, symmetric=False, zero="minimum", scale_dtype="float16"),
     IntGrid(2, 16, symmetric=False),
+    IntGrid(3, 32),
+    IntGrid(3, 10, symmetric=False, zero="minimum"),
+    Float8(),
+    Float8("tensor"),
+    Float8(5, "bfloat16"),
+    MXFP4(),
+    NVFP4(),
+    Codebook(),
+    Codebook(group=7, scale_dtype="float16"),
+    Codebook("kmeans", 4, 32),
+    Codebook("kmeans", 3, "none"),
+    Codebook("kmeans", 2, "channel"),
+    BinaryCode(),
+    BinaryCode(1, "channel", "float16"),
+    BinaryCode(2, "tensor"),
+    BinaryCode(4, 7),
     NM(),
     NM(2, 4, of=IntGrid(8)),
     NM(1, 4, of=IntGrid(4, 32, symmetric=False, zero="minimum")),
     NM(5, 16, of=IntGrid(2, 6, symmetric=False)),
     Blocks((8, 16)),
     Blocks((64, 64), of=IntGrid(8)),
+    NM(2, 4, of=IntGrid(3, 32, symmetric=False)),
+    NM(2, 4, of=Float8()),
+    NM(2, 4, of=NVFP4()),
+    NM(2, 4, of=Codebook("kmeans", 3)),
+    NM(2, 4, of=BinaryCode(2, 32)),
+    Blocks((8, 16), of=Float8(32, "float16")),
+    Blocks((5, 3), of=MXFP4()),
+    Blocks((5, 3), of=Codebook()),
+    Blocks((5, 3), of=BinaryCode(3, 16)),
     Blocks((5, 3), of=IntGrid(4, 12, symmetric=False, zero="minimum")),
 ]
 
@@ -37,14 +66,33 @@ def test_the_contract_holds(encoding):
     assert_encoding(encoding)
 
 
+@pytest.mark.parametrize(
+    "encoding", [Float8(), MXFP4(), NVFP4(), Codebook(), Codebook("kmeans", 3, "none"), BinaryCode()], ids=str
+)
+@pytest.mark.parametrize("search", [False, True])
+def test_numbers_that_are_not_finite_are_rounded_to_finite_ones(encoding, search):
+    weight = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    weight[0, 0], weight[1, 3], weight[2, 35] = torch.inf, torch.nan, -torch.inf
+    grid = encoding.fit(weight, search=search)
+    assert bool(torch.isfinite(encoding.round(weight, grid)).all())
+    finite = encoding.fit(torch.ones(4, 40), search=search)
+    assert bool(torch.isfinite(encoding.round(weight, finite)).all())
+
+
 @st.composite
 def elements(draw):
-    if draw(st.booleans()):
-        return Dense(draw(st.sampled_from(["float32", "float16", "bfloat16"])))
-    symmetric, zero = draw(st.sampled_from([(True, "integer"), (False, "integer"), (False, "minimum")]))
     group = draw(st.sampled_from(["channel", "tensor"]) | st.integers(2, 40))
     dtype = draw(st.sampled_from(["float32", "float16", "bfloat16"]))
-    return IntGrid(draw(st.sampled_from([2, 4, 8])), group, symmetric, zero, dtype)
+    kind = draw(st.sampled_from([Dense, IntGrid, Float8, MXFP4, NVFP4, Codebook, BinaryCode]))
+    if kind is IntGrid:
+        symmetric, zero = draw(st.sampled_from([(True, "integer"), (False, "integer"), (False, "minimum")]))
+        return IntGrid(draw(st.sampled_from([2, 3, 4, 8])), group, symmetric, zero, dtype)
+    if kind is Codebook:
+        code, bits = draw(st.sampled_from([("nf4", 4), ("kmeans", 2), ("kmeans", 3), ("kmeans", 4)]))
+        return Codebook(code, bits, draw(st.sampled_from([group, "none"])) if code == "kmeans" else group, dtype)
+    if kind is BinaryCode:
+        return BinaryCode(draw(st.integers(1, 4)), group, draw(st.sampled_from(["float32", "float16"])))
+    return {Dense: lambda: Dense(dtype), Float8: lambda: Float8(group, dtype)}.get(kind, kind)()
 
 
 @st.composite

@@ -52,7 +52,7 @@ def test_minimum_by_hand():
     assert spec.codes(torch.tensor([[5.0, 6.4], [7.0, 9.0]]), grid.tensors).tolist() == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize(("bits", "kind", "dtype"), list(itertools.product((2, 4, 8), KINDS, DTYPES)))
+@pytest.mark.parametrize(("bits", "kind", "dtype"), list(itertools.product((2, 3, 4, 8), KINDS, DTYPES)))
 @pytest.mark.parametrize("group", [5, "channel", "tensor"])
 def test_min_max_rounds_by_at_most_half_a_step(bits, kind, dtype, group):
     spec = IntGrid(bits, group, *kind, dtype)
@@ -91,6 +91,7 @@ def test_batches_are_independent_matrices_but_for_one_scale(group):
 def test_nibbles_first_code_lowest_and_signed_codes_offset():
     assert IntGrid(4).pack(torch.tensor([[-8, 7, 0]], dtype=torch.int8)).tolist() == [[0xF0, 0x08]]
     assert IntGrid(4, symmetric=False).pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8)).tolist() == [[0x21, 0x03]]
+    assert IntGrid(3).pack(torch.tensor([[-4, 3, 0]], dtype=torch.int8)).tolist() == [[0b00111000, 0b1]]
     assert IntGrid(2).pack(torch.tensor([[-2, -1, 0, 1]], dtype=torch.int8)).tolist() == [[0b11100100]]
 
 
@@ -98,6 +99,7 @@ def test_bytes_by_hand():
     rows, columns = sympy.symbols("rows columns", integer=True, positive=True)
     assert IntGrid(4, 32, False, "minimum", "float16").bytes((10, 64)) == 10 * (32 + 2 * 4)
     assert IntGrid(4, 32, False).bytes((10, 65)) == 10 * (33 + 3 * 5)
+    assert IntGrid(3, 32).bytes((10, 65)) == 10 * (25 + 3 * 4)
     assert IntGrid(8, "tensor").bytes((2, 3, 5)) == 30 + 4
     assert IntGrid(8).bytes((rows, columns)) == rows * columns + 4 * rows
 
@@ -124,7 +126,7 @@ def test_q4_1_is_found_again_bitwise_with_its_own_scale_dtype():
         assert torch.equal(spec.round(values, grid), values)
 
 
-@pytest.mark.parametrize(("bits", "kind"), list(itertools.product((2, 4, 8), KINDS)))
+@pytest.mark.parametrize(("bits", "kind"), list(itertools.product((2, 3, 4, 8), KINDS)))
 def test_rounding_again_with_a_new_fit_changes_nothing(bits, kind):
     for group in (8, "channel", "tensor"):
         spec = IntGrid(bits, group, *kind, "float16")
@@ -223,7 +225,7 @@ def test_empty_matrices_are_refused(shape):
 @pytest.mark.parametrize(
     "options",
     [
-        {"bits": 3},
+        {"bits": 5},
         {"bits": 4.0},
         {"group": 1},
         {"group": "row"},

@@ -4,9 +4,13 @@ from hypothesis import strategies as st
 
 from sparc.diag import PassError
 from sparc.encoding.base import Encoding
+from sparc.encoding.binary_code import BinaryCode
 from sparc.encoding.blocks import Blocks
+from sparc.encoding.codebook import Codebook
 from sparc.encoding.dense import Dense
+from sparc.encoding.float8 import Float8
 from sparc.encoding.int_grid import IntGrid
+from sparc.encoding.microscaling import MXFP4, NVFP4
 from sparc.encoding.nm import NM
 from sparc.encoding.parse import BUILTIN, parse_spec
 
@@ -20,6 +24,13 @@ from sparc.encoding.parse import BUILTIN, parse_spec
         (NM(), "NM(n=2, m=4)"),
         (Blocks(), "Blocks(size=(64, 64))"),
         (Dense(), "Dense()"),
+        (Float8(), "Float8()"),
+        (Float8(32, "float16"), "Float8(group=32, scale_dtype='float16')"),
+        (MXFP4(), "MXFP4()"),
+        (NM(of=NVFP4()), "NM(n=2, m=4, of=NVFP4())"),
+        (Codebook(), "Codebook(kind='nf4', bits=4)"),
+        (Codebook("kmeans", 3, "none"), "Codebook(kind='kmeans', bits=3, group='none')"),
+        (BinaryCode(2, 64), "BinaryCode(bits=2, group=64)"),
     ],
 )
 def test_a_spec_says_what_a_report_needs_and_nothing_else(encoding: Encoding, text: str) -> None:
@@ -47,7 +58,7 @@ def test_texts_are_read(text, encoding):
 def grids():
     groups = st.integers(2, 4096) | st.sampled_from(["channel", "tensor"])
     dtypes = st.sampled_from(["float32", "float16", "bfloat16"])
-    bits = st.sampled_from([2, 4, 8])
+    bits = st.sampled_from([2, 3, 4, 8])
     symmetric = st.builds(IntGrid, bits, groups, st.just(True), st.just("integer"), dtypes)
     return symmetric | st.builds(IntGrid, bits, groups, st.just(False), st.sampled_from(["integer", "minimum"]), dtypes)
 
@@ -80,7 +91,7 @@ def test_every_encoding_is_read_back(encoding):
         ("print('x')", "SPARC201", "unknown encoding 'print'"),
         ("int4", "SPARC209", "neither a literal nor a call"),
         ("IntGrid", "SPARC209", "write IntGrid(...)"),
-        ("IntGrid(bits=3)", "SPARC209", "3-bit"),
+        ("IntGrid(bits=5)", "SPARC209", "5-bit"),
         ("IntGrid(bits='4')", "SPARC209", "'4'-bit"),
         ("IntGrid(bits=4.0)", "SPARC209", "4.0-bit"),
         ("IntGrid(group=True)", "SPARC209", "group by True"),
@@ -126,7 +137,8 @@ def test_any_text_is_read_or_refused(text):
 
 
 def test_only_known_names_are_read():
-    assert set(BUILTIN) == {"Dense", "IntGrid", "NM", "Blocks"}
+    elements = {"Dense", "IntGrid", "Float8", "MXFP4", "NVFP4", "Codebook", "BinaryCode"}
+    assert set(BUILTIN) == elements | {"NM", "Blocks"}
     with pytest.raises(PassError) as caught:
         parse_spec("IntGrid(4)", {"Dense": Dense})
     assert caught.value.code == "SPARC201"

@@ -25,6 +25,7 @@ SPECS = (
     IntGrid(4, group=5, symmetric=False),
     IntGrid(4, group=8, symmetric=False, zero="minimum"),
     IntGrid(2, group=4),
+    IntGrid(3, group=4),
 )
 
 

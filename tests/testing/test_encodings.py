@@ -6,10 +6,14 @@ import sympy
 import torch
 
 from sparc.encoding.base import ElementEncoding, Encoding
+from sparc.encoding.binary_code import BinaryCode
 from sparc.encoding.blocks import Blocks
+from sparc.encoding.codebook import Codebook
 from sparc.encoding.dense import Dense
+from sparc.encoding.float8 import Float8
 from sparc.encoding.grid import Grid
 from sparc.encoding.int_grid import IntGrid
+from sparc.encoding.microscaling import MXFP4, NVFP4
 from sparc.encoding.nm import NM
 from sparc.testing import assert_encoding, encoding_mutants
 
@@ -19,6 +23,13 @@ RIGHT = {
     "channel": IntGrid(8),
     "groups": IntGrid(4, 32),
     "minimum": IntGrid(4, 16, symmetric=False, zero="minimum", scale_dtype="float16"),
+    "three bits": IntGrid(3, 32),
+    "Float8": Float8(),
+    "MXFP4": MXFP4(),
+    "NVFP4": NVFP4(),
+    "nf4": Codebook("nf4", 4, 32),
+    "kmeans": Codebook("kmeans", 3, 32),
+    "BinaryCode": BinaryCode(2, 32),
     "NM": NM(2, 4),
     "NM of minimum": NM(2, 4, of=IntGrid(4, 32, symmetric=False, zero="minimum")),
     "Blocks": Blocks((8, 16), of=IntGrid(2, 8, symmetric=False)),
@@ -28,6 +39,13 @@ EXPECTED = {
     "channel": {"OffByOneCode", "DroppedScale"},
     "groups": {"OffByOneCode", "DroppedScale", "TransposedGroups", "SwappedNibbles"},
     "minimum": {"OffByOneCode", "DroppedScale", "TransposedGroups", "SwappedNibbles"},
+    "three bits": {"OffByOneCode", "DroppedScale", "TransposedGroups", "SwappedNibbles"},
+    "Float8": {"OffByOneCode", "DroppedScale"},
+    "MXFP4": {"OffByOneCode", "DroppedScale", "TransposedGroups", "SwappedNibbles"},
+    "NVFP4": {"OffByOneCode", "DroppedScale", "TransposedGroups", "SwappedNibbles"},
+    "nf4": {"OffByOneCode", "DroppedScale", "TransposedGroups", "SwappedNibbles"},
+    "kmeans": {"OffByOneCode", "DroppedScale", "TransposedGroups", "SwappedNibbles"},
+    "BinaryCode": {"OffByOneCode", "SwappedNibbles"},
     "NM": {"OffByOneCode", "UnmaskedRound"},
     "NM of minimum": {
         "OffByOneCode",
@@ -51,7 +69,7 @@ MUTANTS = {
 def test_every_fault_that_makes_a_difference_has_a_mutant(kind):
     names = set(encoding_mutants(RIGHT[kind], SHAPE))
     assert names - {"UnitScale"} == EXPECTED[kind] | ALWAYS
-    assert ("UnitScale" in names) == ("DroppedScale" in names)
+    assert ("UnitScale" in names) == ("DroppedScale" in names and kind != "Float8")
 
 
 @pytest.mark.parametrize("name", MUTANTS)

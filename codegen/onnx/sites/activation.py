@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from sparc import codes as diagnostic_codes
+from sparc.codegen.encoded import Activation, match_activation
 from sparc.codegen.onnx.emit import Emitter
-from sparc.codegen.onnx.sites.match import Activation, match_activation
 from sparc.codegen.onnx.types import onnx_type
 from sparc.diag import LoweringError
 from sparc.encoding.int_grid import IntGrid

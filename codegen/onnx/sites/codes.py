@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sparc import codes as diagnostic_codes
+from sparc.codegen.encoded import Encoded
 from sparc.codegen.onnx.emit import Emitter
-from sparc.codegen.onnx.sites.match import Encoded
 from sparc.codegen.onnx.store import Origin
 from sparc.codegen.onnx.types import onnx_type
 from sparc.encoding.int_grid import IntGrid

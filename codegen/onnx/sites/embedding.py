@@ -7,10 +7,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from sparc.codegen.encoded import match_encoded
 from sparc.codegen.onnx.emit import MS, Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
 from sparc.codegen.onnx.sites.expand import unpacked
-from sparc.codegen.onnx.sites.match import match_encoded
 from sparc.codegen.onnx.sites.shared import shared_codes, shares_columns
 from sparc.codegen.onnx.types import onnx_type
 from sparc.target import KernelUse

@@ -7,11 +7,12 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from sparc.codegen.encoded import Encoded, match_encoded
 from sparc.codegen.onnx.emit import Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix, masked_origin, say_dense
-from sparc.codegen.onnx.sites.match import Encoded, match_encoded
 from sparc.codegen.onnx.sites.product import Product
 from sparc.codegen.onnx.store import Origin
+from sparc.encoding.bits import packed_length
 from sparc.encoding.dense import Dense
 from sparc.target import KernelUse
 
@@ -37,7 +38,7 @@ def dequantized_product(e: Emitter, site: Product) -> ir.Value | None:
 
 def can_dequantize(e: Emitter, w: IntMatrix) -> bool:
     """Whether DequantizeLinear expresses the grid at this opset: groups and 4 bits need 21."""
-    if w.grid.bits == 2 or (e.target.opset < 21 and (w.grid.bits == 4 or not w.per_channel)):
+    if w.grid.bits in (2, 3) or (e.target.opset < 21 and (w.grid.bits == 4 or not w.per_channel)):
         return False
     return w.grid.bits == 8 or w.shape[1] % 2 == 0
 
@@ -148,7 +149,9 @@ def _numbers(e: Emitter, w: IntMatrix) -> ir.Value:
 
 
 def unpacked(e: Emitter, packed: ir.Value, bits: int, lead: list[int], reduce: int) -> ir.Value:
-    """Several codes a byte, the first one lowest, as a byte each."""
+    """Codes in little-endian bit streams (`sparc.encoding.bits`), as a byte each."""
+    if 8 % bits:
+        return _unpacked_words(e, packed, bits, lead, reduce)
     mask = e.const(2**bits - 1, torch.uint8)
     lanes = []
     for shift in range(0, 8, bits):
@@ -156,6 +159,19 @@ def unpacked(e: Emitter, packed: ir.Value, bits: int, lead: list[int], reduce: i
         lanes.append(e.op("Unsqueeze", e.op("BitwiseAnd", lane, mask), [-1]))
     codes = e.op("Reshape", e.op("Concat", *lanes, axis=-1), [*lead, -1])
     return codes if reduce % (8 // bits) == 0 else e.op("Slice", codes, [0], [reduce], [-1])
+
+
+def _unpacked_words(e: Emitter, packed: ir.Value, bits: int, lead: list[int], reduce: int) -> ir.Value:
+    """Codes that cross bytes: `bits` bytes are a word of 8 codes, taken apart by arithmetic on int64."""
+    short = -packed_length(reduce, bits) % bits
+    if short:
+        packed = e.op("Pad", packed, [0, short], None, [-1])
+    split = e.op("Cast", e.op("Reshape", packed, [*lead, -1, bits]), to=ir.DataType.INT64)
+    places = e.const([256**byte for byte in range(bits)], torch.int64)
+    words = e.op("ReduceSum", e.op("Mul", split, places), [-1], keepdims=1)
+    lanes = e.op("Div", words, e.const([2 ** (bits * lane) for lane in range(8)], torch.int64))
+    codes = e.op("Reshape", e.op("Mod", lanes, e.const(2**bits, torch.int64)), [*lead, -1])
+    return codes if reduce % 8 == 0 else e.op("Slice", codes, [0], [reduce], [-1])
 
 
 def _group_shape(w: IntMatrix, lead: list[int], out: int, reduce: int) -> list[int] | None:

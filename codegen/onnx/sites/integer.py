@@ -5,10 +5,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from sparc.codegen.encoded import Activation
 from sparc.codegen.onnx.emit import MS, Emitter
 from sparc.codegen.onnx.sites.activation import Codes, unsigned_codes
 from sparc.codegen.onnx.sites.codes import IntMatrix
-from sparc.codegen.onnx.sites.match import Activation
 from sparc.codegen.onnx.sites.product import Product, takes_integers
 from sparc.codegen.onnx.sites.shared import shared_codes, shares_columns
 from sparc.target import KernelUse

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparc.codegen.encoded import Activation, Encoded, match_activation, match_encoded
 from sparc.codegen.onnx.emit import Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
-from sparc.codegen.onnx.sites.match import Activation, Encoded, match_activation, match_encoded
 from sparc.target import KernelUse
 
 _MATMULS = ("aten.mm.default", "aten.matmul.default", "aten.bmm.default")

@@ -6,9 +6,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from sparc.codegen.encoded import Activation, match_activation, match_encoded
 from sparc.codegen.onnx.emit import Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
-from sparc.codegen.onnx.sites.match import Activation, match_activation, match_encoded
 from sparc.codegen.onnx.sites.product import Product, requantized
 from sparc.codegen.onnx.table.conv import conv_attributes, convolve
 from sparc.target import KernelUse

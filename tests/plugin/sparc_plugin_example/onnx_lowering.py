@@ -3,8 +3,8 @@
 import torch
 from torch import fx
 
+from sparc.codegen.encoded import Encoded
 from sparc.codegen.onnx.emit import Emitter, Result
-from sparc.codegen.onnx.sites.match import Encoded
 from sparc.encoding.operators import is_decode
 from sparc.target import KernelUse
 

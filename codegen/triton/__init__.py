@@ -1,0 +1,1 @@
+"""The target `cuda`: programs lowered to Triton kernels that are generated for each site."""

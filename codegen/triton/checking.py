@@ -1,0 +1,139 @@
+"""Parity of generated kernels: every operator, in every regime, computes what its site computes in plain torch."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from sparc import codes
+from sparc.codegen.triton.launch import Scratch, grid, make_scratch
+from sparc.codegen.triton.operator import SiteOperator, SiteTensors
+from sparc.codegen.triton.operators import launch
+from sparc.codegen.triton.sites import buffers
+from sparc.diag import Diagnostics, LoweringError
+from sparc.parity import FLOAT32_TOLERANCE, HALF_TOLERANCE
+from sparc.program import location
+from sparc.verify import relative_error
+
+_BFLOAT16_TOLERANCE = 1.6e-2  # its last place is worth eight times that of float16
+_MOST_PROGRAMS = 256  # of one kernel that the interpreter is given
+
+
+def check_operators(operators: Iterable[SiteOperator], diagnostics: Diagnostics, device: str) -> None:
+    """Run every operator once in each regime on random activations.
+
+    In the interpreter, a site with more programs than it can take in good time is left out, with a remark, if
+    another one
+    runs the same template: what differs between their kernels is numbers.
+
+    Args:
+        operators: what to check.
+        diagnostics: where remarks go.
+        device: where kernels are launched: `cuda`, or `cpu` for the interpreter.
+
+    Raises:
+        LoweringError: SPARC402 for a site that differs by more than rounding explains.
+    """
+    seen: set[str] = set()
+    for operator in sorted(operators, key=lambda each: each.site.problem.rows * each.site.problem.columns):
+        kind = _kind(operator)
+        if device == "cpu" and kind in seen:
+            continue
+        if device == "cpu" and _programs(operator) > _MOST_PROGRAMS:
+            why = f"the interpreter would run {_programs(operator)} programs"
+            where = location(operator.site.anchors[0])
+            diagnostics.remark(
+                codes.INTERPRETED, f"{operator.site.names[0]} was not checked here", where=where, why=why
+            )
+            continue
+        seen.add(kind)
+        _check(operator, device)
+
+
+def _kind(operator: SiteOperator) -> str:
+    problem = operator.site.problem
+    shape = [each.configuration.block_tokens if each.configuration else 0 for each in operator.regimes]
+    weight = problem.weights[0].key()
+    parts = (weight, problem.dtype, problem.prologue, problem.epilogue, problem.access, shape, operator.site.parallel)
+    return " ".join(map(str, parts))
+
+
+def _programs(operator: SiteOperator) -> int:
+    problem = operator.site.problem
+    chosen = [each.configuration for each in operator.regimes if each.configuration is not None]
+    launched = [grid(problem, each, 1) for each in chosen]
+    return max((x * y * z for x, y, z in launched), default=0)
+
+
+def _check(operator: SiteOperator, device: str) -> None:
+    site = operator.site
+    generator = torch.Generator().manual_seed(0)
+    laid = [tensor.to(device) for tensor in buffers(site)]
+    for tokens in _probes(operator):
+        x = _random(site.x, generator, tokens).to(device)
+        count = operator.tokens(x)
+        scratch = make_scratch(operator.scratch_sizes(count), device)
+        operands = [_operand(given, generator, x, operator).to(device) for given in site.operands]
+        tensors = SiteTensors(laid, operands)
+        found = operator.run(x, tensors, scratch, launch)
+        expected = operator.reference(x, operands, _weights(operator, device))
+        _compare(operator, expected, found, count, scratch)
+
+
+def _compare(operator: SiteOperator, expected: Tensor, found: Tensor, tokens: int, scratch: Scratch) -> None:
+    tolerance = {torch.float32: FLOAT32_TOLERANCE, torch.bfloat16: _BFLOAT16_TOLERANCE}
+    difference = relative_error(expected, found)
+    if not difference <= tolerance.get(found.dtype, HALF_TOLERANCE):
+        raise LoweringError(
+            codes.PARITY_FAILED,
+            f"the kernel of {operator.site.names[0]} differs by {difference:.2e} relative at {tokens} tokens",
+            where=location(operator.site.anchors[0]),
+        )
+    if bool(scratch.counters.any()):
+        raise LoweringError(codes.PARITY_FAILED, f"the kernel of {operator.site.names[0]} leaves its counters changed")
+
+
+def _probes(operator: SiteOperator) -> list[int]:
+    """A number of tokens in every regime, odd where it may be."""
+    kind = operator.site.x.meta["val"]
+    sizes = kind.shape[:-1] if operator.site.problem.access.kind == "rows" else kind.shape[:1]
+    if all(isinstance(size, int) for size in sizes):
+        return [0]
+    found, low = [], 1
+    for regime in operator.regimes:
+        found.append(min(low + 2, regime.limit or low + 2))
+        low = (regime.limit or 0) + 1
+    return found
+
+
+def _random(node: fx.Node, generator: torch.Generator, tokens: int) -> Tensor:
+    """A random activation of a node's type with about so many tokens; dynamic sizes but the last dynamic one are 1."""
+    kind = node.meta["val"]
+    dynamic = [axis for axis, size in enumerate(kind.shape) if not isinstance(size, int)]
+    shape = [size if isinstance(size, int) else 1 for size in kind.shape]
+    if dynamic:
+        shape[dynamic[-1]] = max(tokens, 1)
+    return torch.randn(shape, generator=generator).to(kind.dtype)
+
+
+def _operand(
+    given: fx.Node | tuple[fx.Node, ...], generator: torch.Generator, x: Tensor, operator: SiteOperator
+) -> Tensor:
+    if isinstance(given, tuple):
+        return torch.cat([_operand(each, generator, x, operator) for each in given])
+    kind = given.meta["val"]
+    sizes = dict(zip(map(str, operator.site.x.meta["val"].shape), x.shape, strict=True))
+    shape = [size if isinstance(size, int) else sizes.get(str(size), 1) for size in kind.shape]
+    return torch.randn(shape, generator=generator).to(kind.dtype)
+
+
+def _weights(operator: SiteOperator, device: str) -> Sequence[Tensor]:
+    """The dense weights by the encodings' own word, in their own layout."""
+    site, found = operator.site, []
+    for weight, lowering in zip(site.weights, site.problem.weights, strict=True):
+        dtype = getattr(torch, site.problem.dtype)
+        found.append(weight.encoding.decode(weight.parts, (lowering.rows, lowering.columns), dtype))
+    sources = operator.sources
+    if site.parallel:
+        found = list(found[0].split([source.meta["val"].shape[0] for source in sources]))
+    return [each.reshape(tuple(node.meta["val"].shape)).to(device) for each, node in zip(found, sources, strict=True)]

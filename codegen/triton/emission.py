@@ -1,0 +1,202 @@
+"""What the target made of a program: its kernels' sources, and the ways to run it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparc import codes
+from sparc.codegen.triton.checking import check_operators
+from sparc.codegen.triton.chips import runs_here
+from sparc.codegen.triton.kernel import Kernel
+from sparc.codegen.triton.lower import Lowered
+from sparc.codegen.triton.operator import SiteOperator
+from sparc.codegen.triton.replay import GraphReplay
+from sparc.cost import Device
+from sparc.diag import ArtifactError, Diagnostics
+from sparc.ledger import Ratio
+from sparc.program import Program
+from sparc.target import KernelUse, Runner, Span, StoredTensor
+
+
+class TritonEmission:
+    """A program whose products are generated kernels.
+
+    Attributes:
+        target: the target's name.
+        device: the profile of the chip that kernels are generated for.
+        lowered: every entry's graph and tensors.
+        stored: the program's weights, as they are: kernels' layouts are made from them when the artifact is loaded.
+        kernels: what carries every compressed weight.
+    """
+
+    def __init__(
+        self, target: str, device: Device, program: Program, lowered: Mapping[str, Lowered], diagnostics: Diagnostics
+    ) -> None:
+        """Args: see the attributes; `program` is what was lowered, `diagnostics` where remarks go."""
+        self.target, self.device, self.lowered = target, device, dict(lowered)
+        self.stored = [StoredTensor(name, tensor, name) for name, tensor in program.weights.items()]
+        self.kernels: Mapping[str, KernelUse] = {
+            name: use for each in self.lowered.values() for name, use in each.uses.items()
+        }
+        self._program, self._diagnostics = program, diagnostics
+        self._modules: dict[tuple[str, str], nn.Module] = {}
+
+    @property
+    def native(self) -> bool:
+        """Whether this machine's GPU runs the kernels; otherwise Triton's interpreter does."""
+        return runs_here(self.device.capability)
+
+    # sources ----------------------------------------------------------------------------------------------------------
+    def operators(self) -> list[SiteOperator]:
+        """The operators of all entries, equal ones once."""
+        found = {operator.digest: operator for each in self.lowered.values() for operator in each.operators.values()}
+        return list(found.values())
+
+    def every_kernel(self) -> list[Kernel]:
+        """The kernels of all operators, equal ones once."""
+        kernels = [kernel for operator in self.operators() for kernel in (*operator.kernels, *operator.decoders)]
+        return list({kernel.digest: kernel for kernel in kernels if kernel is not None}.values())
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Every kernel's source by file name, headed by the sites it serves and what it costs."""
+        users: dict[str, list[str]] = {}
+        for each in self.lowered.values():
+            for names, operator in each.operators.items():
+                for kernel, said in _described(names, operator):
+                    users.setdefault(kernel.name, []).append(said)
+        return {f"{each.name}.py": _headed(each, users.get(each.name, [])) for each in self.every_kernel()}
+
+    def files(self, spans: Mapping[str, Span]) -> dict[str, bytes]:
+        """The sources, for people to read: loading generates them anew and executes none of these files; and
+        `kernels.json`, the chip and what serves how many tokens at every site.
+        """
+        found = {name: text.encode() for name, text in self.sources.items()}
+        sites = [
+            {
+                "entry": entry,
+                "weights": list(names),
+                "regimes": [_regime_row(operator, i) for i in range(len(operator.regimes))],
+            }
+            for entry, each in self.lowered.items()
+            for names, operator in each.operators.items()
+        ]
+        described = {"chip": self.device.name, "capability": self.device.capability, "sites": sites}
+        found["kernels.json"] = (json.dumps(described, indent=1, sort_keys=True) + "\n").encode()
+        return found
+
+    # running ----------------------------------------------------------------------------------------------------------
+    def runner(self, entry: str | None = None, *, threads: int | None = None, spin: bool = True) -> Runner:
+        """Runs the entry on the GPU, through torch.compile and, for static shapes, a CUDA graph; in Triton's
+        interpreter
+        where there is no such GPU, with a remark.
+
+        Args:
+            entry: the entry's name.
+            threads: has no meaning on a GPU.
+            spin: likewise.
+        """
+        name = entry or next(iter(self.lowered))
+        if self.native:
+            return self._on_device(name)
+        why = f"no GPU of compute capability {self.device.capability / 10} is here"
+        self._diagnostics.remark(codes.INTERPRETED, "the artifact runs in Triton's interpreter", why=why)
+        module = self._module(name, "cpu")
+        return _flat(module)
+
+    def _on_device(self, name: str) -> Runner:
+        device = f"cuda:{torch.cuda.current_device()}"
+        module = self._module(name, device)
+        entry = self._program.entries[name]
+        compiled = torch.compile(module, dynamic=bool(entry.symbols))
+        run: Callable[..., Any] = compiled if entry.symbols else GraphReplay(compiled)
+
+        def checked(tensors: Sequence[Tensor]) -> list[Any]:
+            for position, tensor in enumerate(tensors):
+                if isinstance(tensor, Tensor) and tensor.device != torch.device(device):
+                    given = entry.signature.input_names[position]
+                    raise ArtifactError(
+                        codes.CALL_MISMATCH, f"input {given!r} is on {tensor.device}", hint=f"move it to {device}"
+                    )
+            with torch.no_grad():
+                return list(run(*tensors))
+
+        return checked
+
+    def _module(self, name: str, device: str) -> nn.Module:
+        if (name, device) not in self._modules:
+            self._modules[name, device] = module_of(self.lowered[name], device)
+        return self._modules[name, device]
+
+    # evidence -------------------------------------------------------------------------------------------------------
+    def check(
+        self, program: Program, inputs: Mapping[str, Sequence[Tensor]], reference: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, float]:
+        """Every kernel computes what the site's operators compute in torch; see `sparc.codegen.triton.checking`."""
+        check_operators(self.operators(), self._diagnostics, "cuda" if self.native else "cpu")
+        return {}
+
+    def estimate(self, tensors: Sequence[Tensor], entry: str | None = None) -> Ratio:
+        """The sites' time against torch's own dense products, by the cost model, at the shapes of `tensors`."""
+        from sparc.codegen.triton.estimate import ratio
+
+        return ratio(self._program, self.lowered[entry or next(iter(self.lowered))], self.device, tensors)
+
+
+def module_of(lowered: Lowered, device: str) -> nn.Module:
+    """An entry's graph as a module whose tensors are buffers on a device."""
+    root = nn.Module()
+    names: dict[str, str] = {}
+    for index, (name, tensor) in enumerate(lowered.tensors.items()):
+        names[name] = f"tensor_{index}"
+        root.register_buffer(names[name], tensor.detach().to(device), persistent=False)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in lowered.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda used: copies[used])
+        if node.op == "get_attr":
+            copies[node].target = names[str(node.target)]
+    return fx.GraphModule(root, graph)
+
+
+def _flat(module: nn.Module) -> Runner:
+    def run(tensors: Sequence[Tensor]) -> list[Any]:
+        with torch.no_grad():
+            return list(module(*tensors))
+
+    return run
+
+
+def _described(names: Sequence[str], operator: SiteOperator) -> list[tuple[Kernel, str]]:
+    """Each kernel of an operator, and what it serves."""
+    low, found = 1, []
+    site = ", ".join(names)
+    for regime, kernel in zip(operator.regimes, operator.kernels, strict=True):
+        served = f"{low} to {regime.limit} tokens" if regime.limit is not None else f"{low} tokens and more"
+        served = "1 token" if regime.limit == low == 1 else served
+        if kernel is not None:
+            found.append((kernel, f"{site}: {served}"))
+        low = (regime.limit or 0) + 1
+    return found + [(kernel, f"{site}: before torch's own product") for kernel in operator.decoders]
+
+
+def _headed(kernel: Kernel, users: Sequence[str]) -> str:
+    """The source, with the sites that it serves in its docstring."""
+    first, rest = kernel.source.split("\n", 1)
+    sites = "\n".join(f"- {each}" for each in users)
+    launched = f"{kernel.num_warps} warps, {kernel.num_stages} stages"
+    return f"{first}\n\n{sites}\n\n{launched}; {kernel.weight_bits:.2f} bits read for a weight.\n{rest.lstrip()}"
+
+
+def _regime_row(operator: SiteOperator, index: int) -> dict[str, Any]:
+    regime, kernel = operator.regimes[index], operator.kernels[index]
+    chosen = vars(regime.configuration) if regime.configuration is not None else None
+    return {
+        "limit": regime.limit,
+        "kernel": kernel.name if kernel is not None else None,
+        "configuration": chosen,
+        "seconds": str(regime.seconds),
+    }

@@ -1,0 +1,205 @@
+"""From a problem and a configuration to a kernel: the template's skeleton, filled with the parts' code."""
+
+import hashlib
+from importlib.resources import files
+from typing import Literal
+
+import jinja2
+
+from sparc.codegen.triton import activation, ending
+from sparc.codegen.triton.kernel import Argument, Kernel
+from sparc.codegen.triton.problem import TRITON, Configuration, Problem
+from sparc.codegen.triton.resources import expected
+from sparc.codegen.triton.tiles import Loop, Tile, TileCode
+
+GROUPED = 8  # tiles of rows that neighbouring programs share their tokens' tiles with, where there are many tokens
+
+
+def environment() -> jinja2.Environment:
+    """The templates' environment; an undefined name is an error."""
+    return jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of this package, by file name."""
+    return environment().from_string(files("sparc.codegen.triton.templates").joinpath(name).read_text("utf-8"))
+
+
+def generate(problem: Problem, configuration: Configuration) -> Kernel:
+    """The kernel of a problem.
+
+    Args:
+        problem: what is computed.
+        configuration: the tiles; its block of columns is a multiple of the lowering's unit that divides the columns
+            stored, and its split divides the steps.
+
+    Returns:
+        The kernel; `sparc.codegen.triton.launch` says how it is launched.
+    """
+    parts = _Parts(problem, configuration)
+    source = template("product.py.jinja").render(parts.context())
+    name = f"product_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    weight = problem.weights[0]
+    return Kernel(
+        name,
+        source.replace(_PLACEHOLDER, name),
+        parts.arguments,
+        configuration.num_warps,
+        configuration.num_stages,
+        len(problem.weights) * configuration.block_rows * configuration.block_columns,
+        int(parts.loop.steps) // configuration.split if parts.loop.static else 0,
+        weight.cost(problem.product).bits,
+        expected(problem, configuration),
+    )
+
+
+def is_grouped(configuration: Configuration) -> bool:
+    """Whether tiles are numbered along one axis, in groups that share what they read."""
+    return configuration.block_tokens >= 64
+
+
+_PLACEHOLDER = "__kernel__"
+
+
+class _Parts:
+    """The pieces that the template puts together."""
+
+    def __init__(self, problem: Problem, configuration: Configuration) -> None:
+        self.problem, self.configuration = problem, configuration
+        self.single = configuration.block_tokens == 1
+        self.suffixes = ["", *(f"_{index}" for index in range(1, len(problem.weights)))]
+        by_product = configuration.block_tokens <= 16 or problem.product in ("int8", "float8e4nv")
+        scaled: Literal["tile", "product"] = "product" if by_product else "tile"
+        self.tiles = [
+            Tile(
+                "rows", "first", configuration.block_rows, configuration.block_columns, problem.product, scaled, suffix
+            )
+            for suffix in self.suffixes
+        ]
+        pairs = zip(problem.weights, self.tiles, strict=True)
+        self.codes: list[TileCode] = [weight.decode(tile) for weight, tile in pairs]
+        self.loop: Loop = problem.weights[0].loop(self.tiles[0])
+        self.integer = problem.product == "int8" and not any(
+            plane.scale for code in self.codes for plane in code.planes
+        )
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        """The activation, the weights' buffers, what the prologue and the epilogue read, the output, the workspace."""
+        problem = self.problem
+        found = [Argument("x", f"*{TRITON[problem.dtype]}", aligned=True)]
+        for weight, suffix in zip(problem.weights, self.suffixes, strict=True):
+            found += [Argument(buffer.name + suffix, f"*{buffer.type}", aligned=True) for buffer in weight.buffers]
+        found += problem.prologue.arguments
+        found += [Argument(each.name, f"*{TRITON[each.dtype]}", True) for each in problem.epilogue.inputs]
+        found.append(Argument("y", f"*{TRITON[problem.epilogue.dtype]}", aligned=True))
+        if self.configuration.split > 1:
+            found += [Argument("workspace", "*fp32", aligned=True), Argument("counters", "*i32", aligned=True)]
+        return (*found, *(() if self.single else (Argument("tokens", "i32"),)))
+
+    def context(self) -> dict[str, object]:
+        """What the template is rendered with."""
+        problem, chosen = self.problem, self.configuration
+        tiles_of_rows = -(-problem.rows // chosen.block_rows)
+        shape = f"{chosen.block_rows}," if self.single else f"{chosen.block_rows}, {chosen.block_tokens}"
+        width = {plane.width for code in self.codes for plane in code.planes}
+        return {
+            "equation": problem.equation or "y = x @ decode(w).T",
+            "rows": problem.rows,
+            "columns": problem.columns,
+            "encoding": problem.weights[0].key(),
+            "product": problem.product,
+            "name": _PLACEHOLDER,
+            "arguments": [argument.name for argument in self.arguments],
+            "single_token": self.single,
+            "grouped": GROUPED if is_grouped(chosen) else 0,
+            "block_tokens": chosen.block_tokens,
+            "tiles_of_rows": tiles_of_rows,
+            "before": [*self._places(), *self._before()],
+            "accumulators": [f"sum{suffix}" for suffix in self.suffixes],
+            "accumulator_shape": f"{chosen.block_rows}, {max(width)}" if self.single else shape,
+            "accumulator_type": "int32" if self.integer else "float32",
+            "loop": self._loop(),
+            "body": self._body(),
+            "after": self._after(),
+            "split": chosen.split,
+            "tile": "rows_block" if self.single else f"tokens_block * {tiles_of_rows} + rows_block",
+            "deterministic": chosen.deterministic,
+            "products": [f"product{suffix}" for suffix in self.suffixes],
+            "tile_size": chosen.block_rows * chosen.block_tokens,
+            "tile_shape": shape,
+            "inside_tile": self._inside_tile(),
+            "ending": ending.lines(problem, chosen),
+        }
+
+    def _places(self) -> list[str]:
+        """Which rows and tokens the program has; those beyond the end are computed twice, and not stored."""
+        chosen, rows = self.configuration, self.problem.rows
+        lines = [f"own_rows = rows_block * {chosen.block_rows} + tl.arange(0, {chosen.block_rows})"]
+        lines.append("rows = own_rows" if rows % chosen.block_rows == 0 else f"rows = tl.minimum(own_rows, {rows - 1})")
+        if rows * self.problem.weights[0].padded_columns >= 1 << 31:
+            lines.append("rows = rows.to(tl.int64)")
+        if not self.single:
+            lines += [
+                f"own_tokens = tokens_block * {chosen.block_tokens} + tl.arange(0, {chosen.block_tokens})",
+                "token = tl.minimum(own_tokens, tokens - 1)",
+            ]
+        return lines
+
+    def _before(self) -> list[str]:
+        lines = activation.statistics(self.problem, self.single)
+        lines += self.loop.before
+        if self.configuration.split > 1:
+            lines.append("part = tl.program_id(1)")
+        return [*lines, *(line for code in self.codes for line in code.before)]
+
+    def _loop(self) -> list[str]:
+        """The loop's header, and the index of the step."""
+        split, steps = self.configuration.split, self.loop.steps
+        if not self.loop.static:
+            return [f"for step in range({'part' if split > 1 else '0'}, {steps}, {split}):"]
+        if split == 1:
+            return [f"for step in range(0, {steps}):"]
+        each = int(steps) // split
+        return [f"for iteration in range(0, {each}):", f"    step = part * {each} + iteration"]
+
+    def _body(self) -> list[str]:
+        """Decode, read, multiply: plane by plane."""
+        lines = [*self.loop.lines, *(line for code in self.codes for line in code.setup)]
+        padded = self.problem.weights[0].padded_columns != self.problem.columns
+        for index, plane in enumerate(self.codes[0].planes):
+            lines += [f"column = {plane.columns}", *activation.load(self.problem, self.single, padded)]
+            for code, suffix in zip(self.codes, self.suffixes, strict=True):
+                piece = code.planes[index]
+                lines += [*piece.lines, self._multiply(f"sum{suffix}", piece.value, piece.scale)]
+        return lines
+
+    def _multiply(self, total: str, value: str, scale: str) -> str:
+        if self.single:
+            product = f"{value}.to(tl.float32) * value.to(tl.float32)[None, :]"
+            return f"{total} += {product} * {scale}[:, None]" if scale else f"{total} += {product}"
+        kind = ", out_dtype=tl.int32" if self.problem.product == "int8" else ""
+        precision = ', input_precision="tf32x3"' if self.problem.product == "float32" else ""
+        if scale or (self.problem.product == "int8" and not self.integer):
+            wide = ".to(tl.float32)" if self.problem.product == "int8" else ""
+            factor = f" * {scale}[:, None]" if scale else ""
+            return f"{total} += tl.dot({value}, value{kind}{precision}){wide}{factor}"
+        return f"{total} = tl.dot({value}, value, {total}{kind}{precision})"
+
+    def _after(self) -> list[str]:
+        """The products in float32, with the scales that multiply all of them."""
+        lines = []
+        for code, suffix in zip(self.codes, self.suffixes, strict=True):
+            reduced = f"tl.sum(sum{suffix}, 1)" if self.single else f"sum{suffix}"
+            factors = [f"({code.scale}){'' if self.single else '[:, None]'}"] if code.scale else []
+            if self.problem.prologue.quantized:
+                factors.append("token_scale" if self.single else "token_scale[None, :]")
+            wide = ".to(tl.float32)" if self.integer else ""
+            lines.append(f"product{suffix} = {' * '.join([reduced + wide, *factors])}")
+        return lines
+
+    def _inside_tile(self) -> str:
+        rows, tokens = self.configuration.block_rows, self.configuration.block_tokens
+        if self.single:
+            return f"tl.arange(0, {rows})"
+        return f"tl.arange(0, {tokens})[None, :] * {rows} + tl.arange(0, {rows})[:, None]"

@@ -1,0 +1,120 @@
+"""Which kernel serves how many tokens: the cost model's choice, as ranges.
+
+There is one candidate for each height of tiles, and a last one that decodes the weight into memory and leaves the
+product
+to torch. Ranges follow one another in that order; where one begins is where the model's times cross.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from sparc.codegen.triton.prior import Candidate, at, candidates, dense_seconds
+from sparc.codegen.triton.problem import Configuration, Problem
+from sparc.cost import Device
+from sparc.encoding.dense import Dense
+
+GREATEST = 1 << 16  # tokens up to which thresholds are looked for
+HEIGHTS = (1, 16, 32, 64, 128)
+_GAIN = 0.9  # another kernel is worth its code if it takes less than this of the time
+
+Accept = Callable[[Problem, Configuration], bool]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What serves the numbers of tokens up to a limit.
+
+    Args:
+        limit: the greatest number of tokens; None for all.
+        configuration: the kernel's; None where the weight is decoded into memory and torch multiplies.
+        seconds: the model's time, an expression in `prior.TOKENS`.
+    """
+
+    limit: int | None
+    configuration: Configuration | None
+    seconds: sympy.Expr
+
+
+def regimes(
+    problem: Problem, device: Device, low: int = 1, high: int | None = None, accept: Accept | None = None
+) -> list[Regime]:
+    """What serves every number of tokens between `low` and `high` (without end by default), as ranges.
+
+    Args:
+        problem: what is computed.
+        device: where.
+        low: the least number of tokens.
+        high: the greatest.
+        accept: whether a configuration's kernel keeps its promises; the next best one is taken where it does not.
+    """
+    refused: set[Configuration] = set()
+    while True:
+        found = _ranges(problem, device, low, min(high or GREATEST, GREATEST), refused)
+        chosen = [each.configuration for each in found if each.configuration is not None]
+        bad = {each for each in chosen if accept is not None and not accept(problem, each)}
+        if not bad:
+            return found
+        refused |= bad
+
+
+def _ranges(problem: Problem, device: Device, low: int, high: int, refused: set[Configuration]) -> list[Regime]:
+    choices: list[Candidate | None] = []
+    for height in HEIGHTS:
+        fitting = (each for each in candidates(problem, device, height) if each.configuration not in refused)
+        choices += [each for each in [next(fitting, None)] if each is not None]
+    dense = dense_seconds(problem, device, cached=isinstance(problem.weights[0].encoding, Dense))
+    times = [each.seconds for each in choices if each is not None] + [dense]
+    choices.append(None)
+    found: list[Regime] = []
+    current, start = _best(choices, times, low, 0), low
+    while True:
+        crossing = _next(choices, times, current, start, high)
+        choice = choices[current]
+        configuration = choice.configuration if choice is not None else None
+        if crossing is None:
+            return [*found, Regime(None, configuration, times[current])]
+        found.append(Regime(crossing[0] - 1, configuration, times[current]))
+        start, current = crossing
+
+
+def _time(choices: Sequence[Candidate | None], times: Sequence[sympy.Expr], index: int, tokens: int) -> float:
+    """A kernel for one token serves no more."""
+    choice = choices[index]
+    if choice is not None and choice.configuration.block_tokens == 1 and tokens > 1:
+        return float("inf")
+    return at(times[index], tokens)
+
+
+def _best(choices: Sequence[Candidate | None], times: Sequence[sympy.Expr], tokens: int, first: int) -> int:
+    return min(range(first, len(times)), key=lambda index: _time(choices, times, index, tokens))
+
+
+def _next(
+    choices: Sequence[Candidate | None], times: Sequence[sympy.Expr], current: int, start: int, last: int
+) -> tuple[int, int] | None:
+    """The number of tokens from which another choice is worth it, and which; None when there is none.
+
+    Times are compared at powers of two and halfway between them; within the interval where the order changes, the
+    crossing is found by bisection.
+    """
+    before = start
+    for tokens in _probes(start, last):
+        best = _best(choices, times, tokens, current)
+        if best != current and _time(choices, times, best, tokens) < _GAIN * _time(choices, times, current, tokens):
+            low, high = before, tokens
+            while high - low > 1:
+                middle = (low + high) // 2
+                if _time(choices, times, best, middle) < _time(choices, times, current, middle):
+                    high = middle
+                else:
+                    low = middle
+            return high, best
+        before = tokens
+    return None
+
+
+def _probes(start: int, last: int) -> list[int]:
+    found = {number for power in range(17) for number in (1 << power, 3 << power >> 1) if start < number <= last}
+    return sorted(found | {last} - {start})

@@ -1,0 +1,364 @@
+"""The products of a program that kernels are generated for, with what goes into each kernel."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparc.analysis.values import tensor_type
+from sparc.codegen.encoded import match_activation, match_encoded
+from sparc.codegen.triton import pointwise
+from sparc.codegen.triton.access import find_access
+from sparc.codegen.triton.lowerings import find_lowering
+from sparc.codegen.triton.problem import Access, Epilogue, EpilogueInput, Problem, Prologue
+from sparc.codegen.triton.region import Tail, find_tail, only_read_by, operand_kind
+from sparc.codegen.triton.tiles import LoweringType, WeightLowering
+from sparc.encoding.base import Encoding, Parts
+from sparc.encoding.blocks import Blocks
+from sparc.encoding.dense import Dense
+from sparc.encoding.int_grid import IntGrid
+from sparc.program import Entry, Program, is_weight
+
+aten = torch.ops.aten
+
+_NORMS = {aten.rms_norm.default: "rms_norm", aten.layer_norm.default: "layer_norm"}
+_CONVOLUTIONS = (aten.conv2d.default,)
+
+
+@dataclass(frozen=True)
+class SiteWeight:
+    """The weight of one product, as a matrix.
+
+    Args:
+        names: the original weights' names; several when matrices were stacked.
+        encoding: how it is stored.
+        shape: `[rows, columns]`.
+        parts: the stored tensors.
+        source: the node whose value is the weight in its own layout.
+    """
+
+    names: tuple[str, ...]
+    encoding: Encoding
+    shape: tuple[int, int]
+    parts: Parts
+    source: fx.Node
+
+
+@dataclass(frozen=True)
+class Site:
+    """One or more products, and the nodes around them that one kernel takes.
+
+    Args:
+        weights: one for each anchor; one stacked weight when the anchors are parallel.
+        anchors: the products' nodes.
+        inner: the nodes that the kernel replaces.
+        x: the activation that it reads.
+        operands: what the prologue and the epilogue read, in the kernel's order; weights that are stacked stand in
+            tuples.
+        result: the node whose value it computes; the last anchor when they are parallel.
+        problem: what is generated.
+        parallel: whether every anchor's value is a slice of the result.
+    """
+
+    weights: tuple[SiteWeight, ...]
+    anchors: tuple[fx.Node, ...]
+    inner: tuple[fx.Node, ...]
+    x: fx.Node
+    operands: tuple[fx.Node | tuple[fx.Node, ...], ...]
+    result: fx.Node
+    problem: Problem
+    parallel: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The original weights' names."""
+        return tuple(name for weight in self.weights for name in weight.names)
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A product that no kernel is generated for, and why."""
+
+    node: fx.Node
+    weight: str
+    why: str
+
+
+def find_products(
+    program: Program, entry: Entry, extensions: Mapping[str, LoweringType]
+) -> tuple[list[Site], list[Missed]]:
+    """The sites of an entry in the graph's order, and the encoded products that are none.
+
+    Args:
+        program: the program.
+        entry: one of its entries.
+        extensions: lowerings that extensions register.
+    """
+    finder = _Finder(program, list(entry.graph.nodes), extensions)
+    by_input: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for node in finder.order:
+        if finder.is_product(node):
+            by_input.setdefault((node.args[0], node.target), []).append(node)
+    sites: list[Site] = []
+    missed: list[Missed] = []
+    for anchors in by_input.values():
+        for found in finder.sites(anchors):
+            (sites if isinstance(found, Site) else missed).append(found)  # type: ignore[arg-type]
+    position = {node: index for index, node in enumerate(finder.order)}
+    return sorted(sites, key=lambda site: position[site.anchors[0]]), missed
+
+
+class _Finder:
+    def __init__(self, program: Program, order: list[fx.Node], extensions: Mapping[str, LoweringType]) -> None:
+        self.program, self.order, self.extensions = program, order, extensions
+
+    def is_product(self, node: fx.Node) -> bool:
+        """A linear layer or a convolution with a stored weight."""
+        if node.op != "call_function" or node.target not in (aten.linear.default, *_CONVOLUTIONS):
+            return False
+        weight = node.args[1]
+        return is_weight(weight) or match_encoded(self.program, weight) is not None
+
+    def sites(self, anchors: list[fx.Node]) -> Iterator[Site | Missed]:
+        """What becomes of the products that read one activation."""
+        weights: dict[fx.Node, SiteWeight] = {}
+        for anchor in anchors:
+            found = self._weight(anchor)
+            if isinstance(found, Missed):
+                yield found
+            else:
+                weights[anchor] = found
+        left = list(weights)
+        plain: list[Site] = []
+        while left:
+            anchor = left.pop(0)
+            partner = next((each for each in left if _alike(weights[anchor], weights[each])
+                            and self._gated((anchor, each)) is not None), None)  # fmt: skip
+            if partner is not None:
+                left.remove(partner)
+            chosen = (anchor,) if partner is None else (anchor, partner)
+            site = self._site(chosen, [weights[each] for each in chosen], anchors)
+            if isinstance(site, Site) and site.result is anchor:
+                plain.append(site)
+            else:
+                yield site
+        yield from _stacked(plain, self.extensions)
+
+    def _gated(self, anchors: tuple[fx.Node, fx.Node]) -> Tail | None:
+        return find_tail(anchors, self.order)
+
+    def _weight(self, anchor: fx.Node) -> SiteWeight | Missed:
+        source = anchor.args[1]
+        assert isinstance(source, fx.Node)
+        encoded = match_encoded(self.program, source)
+        convolution = anchor.target in _CONVOLUTIONS
+        if encoded is None:
+            tensor = self.program.weights[str(source.target)]
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if dtype not in ("float16", "bfloat16", "float32"):
+                return Missed(anchor, str(source.target), f"its weight is {dtype}")
+            matrix = tensor.reshape(tensor.shape[0], -1)
+            shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+            return SiteWeight((str(source.target),), Dense(dtype), shape, {"codes": matrix}, source)  # type: ignore[arg-type]
+        if str(encoded.view) != ("conv" if convolution else "matrix") or len(encoded.matrix_shape) != 2:
+            return Missed(anchor, encoded.site, f"its weight is read as {encoded.view}")
+        shape = (int(encoded.matrix_shape[0]), int(encoded.matrix_shape[1]))
+        return SiteWeight((encoded.site,), encoded.spec, shape, encoded.tensors(self.program), source)
+
+    def _site(
+        self, anchors: tuple[fx.Node, ...], weights: list[SiteWeight], readers: Sequence[fx.Node]
+    ) -> Site | Missed:
+        anchor, name = anchors[0], weights[0].names[0]
+        kind = tensor_type(anchor.args[0])
+        dtype = str(kind.dtype).removeprefix("torch.") if kind is not None else ""
+        if dtype not in ("float16", "bfloat16", "float32"):
+            return Missed(anchor, name, f"its activation is {dtype}")
+        access = find_access(anchor)
+        if isinstance(access, str):
+            return Missed(anchor, name, access)
+        lowerings = [find_lowering(each.encoding, each.shape, each.parts, self.extensions) for each in weights]
+        for lowering in lowerings:
+            reason = lowering if isinstance(lowering, str) else lowering.accepts(dtype)  # type: ignore[arg-type]
+            if reason:
+                return Missed(anchor, name, reason)
+        tail = find_tail(anchors, self.order)
+        assert tail is not None
+        made: list[WeightLowering] = lowerings  # type: ignore[assignment]
+        prologue, x, before, given = self._prologue(anchor, made[0], access, readers)
+        epilogue, operands = _epilogue(anchors, tail)
+        problem = Problem(tuple(made), dtype, prologue, epilogue, access)
+        problem = replace(problem, equation=_equation(problem))
+        inner = (*before, *anchors, *tail.nodes)
+        return Site(tuple(weights), anchors, inner, x, (*given, *operands), tail.result, problem)
+
+    def _prologue(
+        self, anchor: fx.Node, weight: WeightLowering, access: Access, readers: Sequence[fx.Node]
+    ) -> tuple[Prologue, fx.Node, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+        """The prologue, the activation it reads, the nodes it replaces, and its operands."""
+        x = anchor.args[0]
+        assert isinstance(x, fx.Node)
+        prologue = Prologue()
+        inner: tuple[fx.Node, ...] = ()
+        if access.kind != "rows" or not only_read_by(x, readers):
+            return prologue, x, (), ()
+        activation = match_activation(x)
+        if activation.kind == "token" and isinstance(activation.spec, IntGrid) and weight.accepts("int8") is None:
+            prologue = Prologue(quantized="int8")
+            inner = (x,)
+            x = activation.source
+            readers = [each for each in x.users]
+            if any(not _leads_to(each, anchor.args[0]) for each in readers):
+                return prologue, x, inner, ()
+        norm = _norm(x)
+        if norm is None or not only_read_by(x, readers):
+            return prologue, x, inner, ()
+        arguments = list(x.args) + [None] * 3
+        source, gain, shift = arguments[0], arguments[2], arguments[3] if norm == "layer_norm" else None
+        given = tuple(each for each in (gain, shift) if isinstance(each, fx.Node))
+        types = {str(tensor_type(each).dtype).removeprefix("torch.") for each in given}  # type: ignore[union-attr]
+        if not isinstance(source, fx.Node) or len(types) > 1:
+            return prologue, x, inner, ()
+        described = replace(
+            prologue, kind=norm, epsilon=_epsilon(x), gain=gain is not None, bias=shift is not None,
+            dtype=next(iter(types), "float32"),
+        )  # fmt: skip
+        return described, source, (x, *inner), given
+
+
+def _norm(node: Any) -> Any:
+    """Which normalisation over the last axis a node is; None for another."""
+    if not isinstance(node, fx.Node) or node.target not in _NORMS or len(node.args[1]) != 1:  # type: ignore[arg-type]
+        return None
+    source = tensor_type(node.args[0])
+    own = tensor_type(node)
+    return _NORMS[node.target] if source is not None and own is not None and source.dtype == own.dtype else None
+
+
+def _epsilon(node: fx.Node) -> float:
+    position = 3 if node.target is aten.rms_norm.default else 4
+    value = node.args[position] if len(node.args) > position else node.kwargs.get("eps")
+    if isinstance(value, (int, float)):
+        return float(value)
+    kind = tensor_type(node)
+    assert kind is not None
+    return float(torch.finfo(kind.dtype).eps) if node.target is aten.rms_norm.default else 1e-5
+
+
+def _leads_to(node: fx.Node, target: Any) -> bool:
+    """Whether a value is used for nothing but another."""
+    return node is target or (bool(node.users) and all(_leads_to(user, target) for user in node.users))
+
+
+# epilogues ----------------------------------------------------------------------------------------------------------
+def _bias(anchor: fx.Node) -> fx.Node | None:
+    value = anchor.args[2] if len(anchor.args) > 2 else anchor.kwargs.get("bias")
+    return value if isinstance(value, fx.Node) else None
+
+
+def _epilogue(anchors: Sequence[fx.Node], tail: Tail) -> tuple[Epilogue, tuple[fx.Node, ...]]:
+    """The epilogue's code, and the nodes it reads."""
+    names: dict[fx.Node, str] = {}
+    inputs: list[EpilogueInput] = []
+    operands: list[fx.Node] = []
+    lines: list[str] = []
+
+    def read(node: fx.Node, kind: Any) -> str:
+        name = f"operand_{len(inputs)}"
+        inputs.append(EpilogueInput(name, str(tensor_type(node).dtype).removeprefix("torch."), kind))  # type: ignore[union-attr]
+        operands.append(node)
+        return f"{name}_value"
+
+    for index, anchor in enumerate(anchors):
+        names[anchor] = f"product{f'_{index}' if index else ''}"
+        bias = _bias(anchor)
+        if bias is not None:
+            lines.append(f"{names[anchor]} = {names[anchor]} + {read(bias, 'feature')}")
+    for node in tail.operands:
+        names[node] = read(node, operand_kind(node, anchors[0]))
+    lines += pointwise.lines(tail.nodes, names)
+    dtype = str(tensor_type(tail.result).dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    return Epilogue(tuple(inputs), tuple(lines), names[tail.result], dtype), tuple(operands)
+
+
+def _equation(problem: Problem) -> str:
+    """What is computed, in a line."""
+    x = {"none": "x", "rms_norm": "rms_norm(x)", "layer_norm": "layer_norm(x)"}[problem.prologue.kind]
+    x = f"{problem.prologue.quantized}({x})" if problem.prologue.quantized else x
+    ends = [f"_{index}" if index else "" for index in range(len(problem.weights))]
+    steps = [f"product{end} = {x} @ decode(codes{end}).T" for end in ends]
+    steps += [line.replace("_value", "") for line in problem.epilogue.lines]
+    return "; ".join([*steps, f"y = {problem.epilogue.result.replace('_value', '')}"])
+
+
+# parallel products --------------------------------------------------------------------------------------------------
+def _alike(a: SiteWeight, b: SiteWeight) -> bool:
+    """Whether two weights can share a kernel's code."""
+    own = isinstance(
+        a.encoding, (Dense, Blocks)
+    )  # torch's products are as good; every mask of blocks is a loop of its own
+    return a.shape == b.shape and str(a.encoding) == str(b.encoding) and not own
+
+
+def _stacked(sites: list[Site], extensions: Mapping[str, LoweringType]) -> Iterator[Site]:
+    """Products of one activation whose weights can be stacked become one."""
+    groups: dict[Any, list[Site]] = {}
+    for site in sites:
+        weight = site.weights[0]
+        types = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in weight.parts.items())
+        problem = site.problem
+        key = (str(weight.encoding), types, problem.prologue, problem.access, problem.epilogue)
+        groups.setdefault(key, []).append(site)
+    for group in groups.values():
+        if len(group) > 1 and all(_stackable(site) for site in group):
+            yield _stack(group, extensions)
+        else:
+            yield from group
+
+
+def _stackable(site: Site) -> bool:
+    weight = site.weights[0]
+    rows = all(tensor.ndim == 2 and tensor.shape[0] == weight.shape[0] for tensor in weight.parts.values())
+    return rows and site.problem.access.kind == "rows" and not isinstance(weight.encoding, Dense)
+
+
+def _stack(group: list[Site], extensions: Mapping[str, LoweringType]) -> Site:
+    first = group[0]
+    weights = [site.weights[0] for site in group]
+    parts = {name: torch.cat([weight.parts[name] for weight in weights]) for name in weights[0].parts}
+    shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    names = tuple(name for weight in weights for name in weight.names)
+    merged = SiteWeight(names, weights[0].encoding, shape, parts, weights[0].source)
+    lowering = find_lowering(merged.encoding, shape, parts, extensions)
+    assert isinstance(lowering, WeightLowering)
+    shared = len(first.problem.prologue.arguments)
+    own = zip(*(site.operands[shared:] for site in group), strict=True)
+    return replace(
+        first,
+        weights=(merged,),
+        anchors=tuple(site.anchors[0] for site in group),
+        inner=tuple(dict.fromkeys(node for site in group for node in site.inner)),
+        operands=(*first.operands[:shared], *own),
+        problem=replace(first.problem, weights=(lowering,)),
+        parallel=True,
+    )
+
+
+def tokens_of(site: Site) -> Any:
+    """How many tokens the site's activation has, as a number or a symbolic integer."""
+    kind = tensor_type(site.x)
+    assert kind is not None
+    if site.problem.access.kind == "rows":
+        return math.prod(kind.shape[:-1])
+    return kind.shape[0] * site.problem.access.positions
+
+
+def buffers(site: Site) -> list[Tensor]:
+    """The weights' tensors as the kernel reads them, in the kernel's order."""
+    found: list[Tensor] = []
+    for weight, lowering in zip(site.weights, site.problem.weights, strict=True):
+        laid: Mapping[str, Tensor] = lowering.layout(weight.parts)
+        found += [laid[buffer.name] for buffer in lowering.buffers]
+    return found

@@ -1,0 +1,103 @@
+"""The targets `cuda` (the GPU of this machine) and `cuda:sm_NN` (a chip that is named: no GPU is needed to compile)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparc import codes
+from sparc.codegen.triton.chips import find_device, require_triton
+from sparc.diag import LoweringError, SparcError
+from sparc.program import Program
+from sparc.suggest import hint as suggestion
+from sparc.target import Emission, EmitContext, StoredTensor
+
+_OPTIONS = {"verify_kernels": bool}
+
+
+@dataclass(frozen=True)
+class TritonTarget:
+    """Programs as Triton kernels, and torch.compile for the rest.
+
+    Args:
+        capability: of the chip, as major * 10 + minor; None for the GPU of this machine.
+    """
+
+    capability: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`cuda` or `cuda:sm_90`."""
+        return "cuda" if self.capability is None else f"cuda:sm_{self.capability}"
+
+    @property
+    def legalizations(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        """None: kernels compute what the program says."""
+        return ()
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that do not exist, and machines where the target cannot be used.
+
+        Args:
+            options: `verify_kernels`: whether every kernel is compiled to machine code and judged, so that one that
+                spills or does not fit is replaced (True).
+
+        Raises:
+            LoweringError: SPARC209, SPARC410.
+        """
+        for name, value in options.items():
+            if name not in _OPTIONS:
+                what = f"target {self.name!r} has no option {name!r}"
+                raise LoweringError(codes.BAD_OPTION, what, hint=suggestion(name, list(_OPTIONS), kind="options"))
+            if not isinstance(value, _OPTIONS[name]):
+                raise LoweringError(codes.BAD_OPTION, f"option {name!r} is {value!r}", why="expected True or False")
+        require_triton()
+        find_device(self.capability)
+
+    def emit(self, program: Program, context: EmitContext) -> Emission:
+        """Lower every entry.
+
+        Args:
+            program: any program; not edited.
+            context: where remarks go; options; extensions' lowerings by ("cuda", encoding's class name).
+
+        Raises:
+            LoweringError: SPARC209, SPARC408 when an extension's lowering fails, SPARC410.
+        """
+        self.check_options(context.options)
+        from sparc.codegen.triton.accept import acceptance
+        from sparc.codegen.triton.emission import TritonEmission
+        from sparc.codegen.triton.lower import lower
+
+        device = find_device(self.capability)
+        accept = acceptance(device.capability) if context.options.get("verify_kernels", True) else None
+        extensions = {key[1]: _guarded(made, key[1]) for key, made in context.lowerings.items() if key[0] == "cuda"}
+        own = program.clone()
+        lowered = {
+            name: lower(own, entry, device, extensions, context.diagnostics, accept)
+            for name, entry in own.entries.items()
+        }
+        return TritonEmission(self.name, device, own, lowered, context.diagnostics)
+
+    def load(self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor]) -> Emission:
+        """The emission of a saved artifact: kernels are generated anew; no code is read from files."""
+        return self.emit(program, EmitContext(options={"verify_kernels": False}))
+
+
+def _guarded(made: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """An extension's lowering, whose errors say whose they are."""
+
+    def build(*args: Any) -> Any:
+        from sparc.codegen.triton.tiles import WeightLowering
+
+        what = f"the lowering of {name} for cuda that an extension registers failed"
+        try:
+            lowering = made(*args)
+        except Exception as error:  # a stranger's code may raise anything
+            said = error.diagnostic.what if isinstance(error, SparcError) else f"{type(error).__name__}: {error}"
+            raise LoweringError(codes.LOWERING_FAILED, what, why=said) from error
+        if not isinstance(lowering, (WeightLowering, str)):
+            why = f"it returned a {type(lowering).__name__}, which is no WeightLowering"
+            raise LoweringError(codes.LOWERING_FAILED, what, why=why)
+        return lowering
+
+    return build

@@ -1,0 +1,1 @@
+"""The skeletons of generated kernels."""
