@@ -94,7 +94,7 @@ def compile(
     plain, baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])
     context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
     emission = place.emit(driver.program, context)
-    if verify != "types":
+    if verify != "types" and emission.native:
         check_sites(baseline, driver.program, place, samples, context, every=verify == "full")
     artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml())
     _gather_evidence(artifact, captured, baseline, samples, target)

@@ -16,6 +16,7 @@ from sparc.program import location
 from sparc.verify import relative_error
 
 _BFLOAT16_TOLERANCE = 1.6e-2  # its last place is worth eight times that of float16
+_SMALL = 16  # tokens of tiles that the interpreter can well run twice
 _MOST_PROGRAMS = 256  # of one kernel that the interpreter is given
 
 
@@ -69,13 +70,17 @@ def _check(operator: SiteOperator, device: str) -> None:
     site = operator.site
     generator = torch.Generator().manual_seed(0)
     laid = [tensor.to(device) for tensor in buffers(site)]
-    for tokens in _probes(operator):
-        x = _random(site.x, generator, tokens).to(device)
+    for regime in range(len(operator.regimes)):
+        x = random_value(site.x, generator, _tokens(operator, regime)).to(device)
         count = operator.tokens(x)
+        if count > 1 and _is_single(operator, regime):
+            continue
         scratch = make_scratch(operator.scratch_sizes(count), device)
-        operands = [_operand(given, generator, x, operator).to(device) for given in site.operands]
-        tensors = SiteTensors(laid, operands)
-        found = operator.run(x, tensors, scratch, launch)
+        operands = [
+            x if given is site.x else random_operand(given, generator, x, operator).to(device)
+            for given in site.operands
+        ]
+        found = operator.run(x, SiteTensors(laid, operands), scratch, launch, regime)
         expected = operator.reference(x, operands, _weights(operator, device))
         _compare(operator, expected, found, count, scratch)
 
@@ -93,20 +98,19 @@ def _compare(operator: SiteOperator, expected: Tensor, found: Tensor, tokens: in
         raise LoweringError(codes.PARITY_FAILED, f"the kernel of {operator.site.names[0]} leaves its counters changed")
 
 
-def _probes(operator: SiteOperator) -> list[int]:
-    """A number of tokens in every regime, odd where it may be."""
-    kind = operator.site.x.meta["val"]
-    sizes = kind.shape[:-1] if operator.site.problem.access.kind == "rows" else kind.shape[:1]
-    if all(isinstance(size, int) for size in sizes):
-        return [0]
-    found, low = [], 1
-    for regime in operator.regimes:
-        found.append(min(low + 2, regime.limit or low + 2))
-        low = (regime.limit or 0) + 1
-    return found
+def _is_single(operator: SiteOperator, regime: int) -> bool:
+    configuration = operator.regimes[regime].configuration
+    return configuration is not None and configuration.block_tokens == 1
 
 
-def _random(node: fx.Node, generator: torch.Generator, tokens: int) -> Tensor:
+def _tokens(operator: SiteOperator, regime: int) -> int:
+    """A number of tokens that does not fill a regime's tiles; of small tiles it takes two."""
+    configuration = operator.regimes[regime].configuration
+    height = configuration.block_tokens if configuration is not None else 1
+    return 1 if height == 1 else height + 1 if height <= _SMALL else 5
+
+
+def random_value(node: fx.Node, generator: torch.Generator, tokens: int) -> Tensor:
     """A random activation of a node's type with about so many tokens; dynamic sizes but the last dynamic one are 1."""
     kind = node.meta["val"]
     dynamic = [axis for axis, size in enumerate(kind.shape) if not isinstance(size, int)]
@@ -116,11 +120,12 @@ def _random(node: fx.Node, generator: torch.Generator, tokens: int) -> Tensor:
     return torch.randn(shape, generator=generator).to(kind.dtype)
 
 
-def _operand(
+def random_operand(
     given: fx.Node | tuple[fx.Node, ...], generator: torch.Generator, x: Tensor, operator: SiteOperator
 ) -> Tensor:
+    """A random value of what an operator reads beside the activation, in sizes that fit it."""
     if isinstance(given, tuple):
-        return torch.cat([_operand(each, generator, x, operator) for each in given])
+        return torch.cat([random_operand(each, generator, x, operator) for each in given])
     kind = given.meta["val"]
     sizes = dict(zip(map(str, operator.site.x.meta["val"].shape), x.shape, strict=True))
     shape = [size if isinstance(size, int) else sizes.get(str(size), 1) for size in kind.shape]

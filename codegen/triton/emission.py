@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from sparc import codes
 from sparc.codegen.triton.checking import check_operators
 from sparc.codegen.triton.chips import runs_here
+from sparc.codegen.triton.cubin import report, violations
 from sparc.codegen.triton.kernel import Kernel
 from sparc.codegen.triton.lower import Lowered
 from sparc.codegen.triton.operator import SiteOperator
@@ -18,6 +19,7 @@ from sparc.cost import Device
 from sparc.diag import ArtifactError, Diagnostics
 from sparc.ledger import Ratio
 from sparc.program import Program
+from sparc.progress import track
 from sparc.target import KernelUse, Runner, Span, StoredTensor
 
 
@@ -30,6 +32,7 @@ class TritonEmission:
         lowered: every entry's graph and tensors.
         stored: the program's weights, as they are: kernels' layouts are made from them when the artifact is loaded.
         kernels: what carries every compressed weight.
+        timings: seconds of kernels that were timed on the device, by `Kernel.digest`.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class TritonEmission:
         self.kernels: Mapping[str, KernelUse] = {
             name: use for each in self.lowered.values() for name, use in each.uses.items()
         }
+        self.timings: dict[str, float] = {}
         self._program, self._diagnostics = program, diagnostics
         self._modules: dict[tuple[str, str], nn.Module] = {}
 
@@ -63,12 +67,30 @@ class TritonEmission:
     @property
     def sources(self) -> dict[str, str]:
         """Every kernel's source by file name, headed by the sites it serves and what it costs."""
+        users = self._users()
+        return {f"{each.name}.py": _headed(each, users.get(each.name, [])) for each in self.every_kernel()}
+
+    def kernel_rows(self) -> list[dict[str, Any]]:
+        """What every kernel takes on the chip, by its machine code, as plain values: see `cubin.KernelReport`. `serves` are
+        its sites, `seconds` what it took where it was timed, else None.
+
+        Raises:
+            LoweringError: SPARC409 when one does not compile.
+        """
+        users = self._users()
+        return [
+            {"serves": users.get(each.name, []), **_judged(each, self.device), "seconds": self.timings.get(each.digest)}
+            for each in track(self.every_kernel(), "compiling kernels")
+        ]
+
+    def _users(self) -> dict[str, list[str]]:
+        """The sites that every kernel serves, by its name."""
         users: dict[str, list[str]] = {}
         for each in self.lowered.values():
             for names, operator in each.operators.items():
                 for kernel, said in _described(names, operator):
                     users.setdefault(kernel.name, []).append(said)
-        return {f"{each.name}.py": _headed(each, users.get(each.name, [])) for each in self.every_kernel()}
+        return users
 
     def files(self, spans: Mapping[str, Span]) -> dict[str, bytes]:
         """The sources, for people to read: loading generates them anew and executes none of these files; and
@@ -189,6 +211,24 @@ def _headed(kernel: Kernel, users: Sequence[str]) -> str:
     sites = "\n".join(f"- {each}" for each in users)
     launched = f"{kernel.num_warps} warps, {kernel.num_stages} stages"
     return f"{first}\n\n{sites}\n\n{launched}; {kernel.weight_bits:.2f} bits read for a weight.\n{rest.lstrip()}"
+
+
+def _judged(kernel: Kernel, device: Device) -> dict[str, Any]:
+    """A kernel's report as plain values, with the promises it breaks."""
+    found = report(kernel, device.capability)
+    slots = found.slots
+    return {
+        "kernel": kernel.name,
+        "registers": found.registers,
+        "spill_bytes": found.spill_bytes,
+        "shared_bytes": found.shared_bytes,
+        "load_bytes": list(found.load_bytes),
+        "tensor_core": dict(found.tensor_core),
+        "issue_slots": slots.issue if slots else None,
+        "ceiling_tb_per_s": slots.ceiling if slots else None,
+        "programs_per_sm": found.programs_per_sm,
+        "violations": violations(kernel, found),
+    }
 
 
 def _regime_row(operator: SiteOperator, index: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from sparc.codegen.triton.kernel import Kernel
 from sparc.codegen.triton.load import load_function
+from sparc.encoding.float8 import e4m3_codes
 
 
 def interpret(kernel: Kernel, grid: tuple[int, ...], arguments: Sequence[Tensor | int]) -> None:
@@ -33,30 +34,30 @@ def interpret(kernel: Kernel, grid: tuple[int, ...], arguments: Sequence[Tensor 
 def _interpreting(function: Callable[..., Any]) -> Iterator[None]:
     """What the interpreter lacks when Triton was not imported for it: calls among functions, `range` over tensors of
     one
-    element, and arithmetic in bfloat16, which numpy does not have.
+    element, arithmetic in bfloat16, which numpy does not have, and conversions that round to the nearest number.
     """
     builder = type(interpreter_builder)
-    saved = JITFunction.__call__, builder.binary_op, builder.create_dot
+    saved = JITFunction.__call__, builder.binary_op, builder.create_dot, builder.cast_impl, builder.create_fp_to_fp
     JITFunction.__call__ = _call
     builder.binary_op = _widened(saved[1])
     builder.create_dot = _widened_dot(saved[2])
+    builder.cast_impl = _rounding(saved[3])
+    builder.create_fp_to_fp = _rounding(saved[4])
     builder.get_bf16 = lambda self, value: TensorHandle(_narrow(np.array([value], np.float32)), tl.bfloat16)
     function.__globals__["range"] = _range
+    scope = _patch_lang(tl.standard.cdiv.fn)  # the module whose functions kernels call
     try:
         yield
     finally:
-        JITFunction.__call__, builder.binary_op, builder.create_dot = saved
+        scope.restore()
+        JITFunction.__call__, builder.binary_op, builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = saved
         del builder.get_bf16
         function.__globals__.pop("range", None)
 
 
 def _call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-    """A function that a kernel calls; what is replaced in its modules meanwhile is put back."""
-    scope = _patch_lang(self.fn)
-    try:
-        return InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
-    finally:
-        scope.restore()
+    """A function that a kernel calls."""
+    return InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
 
 
 def _range(*bounds: Any) -> builtins.range:
@@ -98,3 +99,16 @@ def _widened_dot(plain: Callable[..., TensorHandle]) -> Callable[..., TensorHand
         return plain(self, _wide(a) if _is_bfloat16(a) else a, _wide(b) if _is_bfloat16(b) else b, *rest)
 
     return create_dot
+
+
+def _rounding(plain: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    """To the nearest number, half to even, where the interpreter cuts off bits or forgets to carry."""
+
+    def convert(self: Any, source: TensorHandle, to: tl.dtype, *rest: Any) -> TensorHandle:
+        if source.dtype.scalar != tl.float32 or to.scalar not in (tl.bfloat16, tl.float8e4nv):
+            return plain(self, source, to, *rest)
+        if to.scalar == tl.bfloat16:
+            return TensorHandle(_narrow(source.data), tl.bfloat16)
+        return TensorHandle(e4m3_codes(torch.from_numpy(np.ascontiguousarray(source.data))).numpy(), tl.float8e4nv)
+
+    return convert

@@ -5,6 +5,7 @@ decoding is done once.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, fx
 
 from sparc import codes
 from sparc.codegen.encoded import match_encoded
-from sparc.codegen.triton.operator import SiteOperator, most_tokens
+from sparc.codegen.triton.operator import SiteOperator, token_range
 from sparc.codegen.triton.operators import define, gather_rows, gathers
 from sparc.codegen.triton.regimes import Accept, Regime, regimes
 from sparc.codegen.triton.sites import Site, buffers, find_products
 from sparc.codegen.triton.tiles import LoweringType
+from sparc.codegen.triton.tuning import Tuner
 from sparc.cost import Device
 from sparc.diag import Diagnostics
 from sparc.encoding.dense import Dense
@@ -53,10 +55,11 @@ def lower(
     extensions: Mapping[str, LoweringType],
     diagnostics: Diagnostics,
     accept: Accept | None = None,
+    tuner: Tuner | None = None,
 ) -> Lowered:
-    """Lower an entry for a device; see `sparc.codegen.triton.regimes` for `accept`."""
+    """Lower an entry for a device; see `sparc.codegen.triton.regimes` for `accept`; a tuner times candidates."""
     lowering = _Lowering(program, entry.clone(), device, diagnostics)
-    lowering.sites(extensions, accept)
+    lowering.sites(extensions, accept, tuner)
     lowering.decodes()
     lowering.finish()
     return lowering.made
@@ -72,14 +75,14 @@ class _Lowering:
         self.now: dict[fx.Node, fx.Node] = {}  # what stands for a node that was replaced
 
     # sites ------------------------------------------------------------------------------------------------------------
-    def sites(self, extensions: Mapping[str, LoweringType], accept: Accept | None) -> None:
+    def sites(self, extensions: Mapping[str, LoweringType], accept: Accept | None, tuner: Tuner | None) -> None:
         """Replace every product that a kernel serves."""
         found, missed = find_products(self.program, self.entry, extensions)
         self.why = {each.node: each.why for each in missed}
         made: list[tuple[SiteOperator, int | None]] = []
         for site in found:
-            high = most_tokens(site)
-            chosen = self._regimes(site, high, accept)
+            low, high = token_range(site)
+            chosen = self._regimes(site, low, high, accept, tuner)
             dense = isinstance(site.weights[0].encoding, Dense)
             if dense and all(regime.configuration is None for regime in chosen):
                 continue
@@ -87,10 +90,13 @@ class _Lowering:
         for operator, high in made:  # only now: a site is described by nodes that replacing another one changes
             self._replace(operator, high)
 
-    def _regimes(self, site: Site, high: int | None, accept: Accept | None) -> list[Regime]:
-        key = (site.problem.key, high)
+    def _regimes(
+        self, site: Site, low: int, high: int | None, accept: Accept | None, tuner: Tuner | None
+    ) -> list[Regime]:
+        key = (site.problem.key, low, high)
         if key not in self.chosen:
-            self.chosen[key] = regimes(site.problem, self.device, 1, high, accept)
+            measure = partial(tuner.seconds, site) if tuner is not None else None
+            self.chosen[key] = regimes(site.problem, self.device, low, high, accept, measure)
         return self.chosen[key]
 
     def _replace(self, operator: SiteOperator, high: int | None) -> None:

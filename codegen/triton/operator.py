@@ -116,7 +116,9 @@ class SiteOperator:
         kind = self.site.result.meta["val"]
         return [x.shape[0], rows, *kind.shape[2:]]
 
-    def run(self, x: Tensor, tensors: SiteTensors, scratch: Scratch, launch: Launcher) -> Tensor:
+    def run(
+        self, x: Tensor, tensors: SiteTensors, scratch: Scratch, launch: Launcher, regime: int | None = None
+    ) -> Tensor:
         """Compute the site.
 
         Args:
@@ -124,6 +126,7 @@ class SiteOperator:
             tensors: what else is read.
             scratch: memory for split sums.
             launch: runs a kernel.
+            regime: the index of the regime that serves it; the one that its tokens fall into by default.
 
         Raises:
             LoweringError: SPARC412 for a shape that 32-bit indices do not reach.
@@ -137,7 +140,7 @@ class SiteOperator:
                 f"{tokens} tokens of {self.site.names[0]} are more than 32-bit indices reach",
                 hint="call it with fewer tokens at a time",
             )
-        index = next(i for i, regime in enumerate(self.regimes) if regime.limit is None or tokens <= regime.limit)
+        index = self.regime(tokens) if regime is None else regime
         configuration, kernel = self.regimes[index].configuration, self.kernels[index]
         if configuration is None or kernel is None:
             return self._by_torch(x, tensors, launch)
@@ -149,6 +152,10 @@ class SiteOperator:
         given = [aligned(x), *tensors.buffers, *(aligned(each) for each in operands)]
         launch(kernel, grid(problem, configuration, tokens), arguments(configuration, given, y, tokens, scratch))
         return y
+
+    def regime(self, tokens: int) -> int:
+        """The index of the regime that a number of tokens falls into."""
+        return next(i for i, each in enumerate(self.regimes) if each.limit is None or tokens <= each.limit)
 
     def reference(self, x: Tensor, operands: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """The site in plain torch, from dense weights in their own layout, one for each anchor."""
@@ -221,11 +228,12 @@ def aligned(tensor: Tensor) -> Tensor:
     return whole.clone()
 
 
-def most_tokens(site: Site) -> int | None:
-    """The greatest number of tokens that a site can have; None when there is no bound."""
+def token_range(site: Site) -> tuple[int, int | None]:
+    """The least and the greatest number of tokens that a site can have; None when there is no bound."""
     size = tokens_of(site)
     if isinstance(size, int):
-        return size
-    node = size.node
-    upper = node.shape_env.bound_sympy(node.expr).upper
-    return int(upper) if upper.is_Integer else None
+        return size, size
+    expression = size.node.expr  # torch takes sizes of dynamic dimensions to be at least 2, but the program runs with 1
+    least = expression.subs(dict.fromkeys(expression.free_symbols, 1))
+    upper = size.node.shape_env.bound_sympy(expression).upper
+    return max(int(least), 1), int(upper) if upper.is_Integer else None

@@ -19,7 +19,11 @@ GREATEST = 1 << 16  # tokens up to which thresholds are looked for
 HEIGHTS = (1, 16, 32, 64, 128)
 _GAIN = 0.9  # another kernel is worth its code if it takes less than this of the time
 
+_TRIED = 4  # configurations of one height that are timed, where they can be
+_MANY = 1024  # tokens at which torch's product is timed
+
 Accept = Callable[[Problem, Configuration], bool]
+Measure = Callable[[Configuration | None, int], float]
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,12 @@ class Regime:
 
 
 def regimes(
-    problem: Problem, device: Device, low: int = 1, high: int | None = None, accept: Accept | None = None
+    problem: Problem,
+    device: Device,
+    low: int = 1,
+    high: int | None = None,
+    accept: Accept | None = None,
+    measure: Measure | None = None,
 ) -> list[Regime]:
     """What serves every number of tokens between `low` and `high` (without end by default), as ranges.
 
@@ -48,10 +57,12 @@ def regimes(
         low: the least number of tokens.
         high: the greatest.
         accept: whether a configuration's kernel keeps its promises; the next best one is taken where it does not.
+        measure: the seconds of a configuration (None: of torch's product) at a number of tokens; the model's times are
+            multiplied to agree with them.
     """
     refused: set[Configuration] = set()
     while True:
-        found = _ranges(problem, device, low, min(high or GREATEST, GREATEST), refused)
+        found = _ranges(problem, device, low, min(high or GREATEST, GREATEST), refused, measure)
         chosen = [each.configuration for each in found if each.configuration is not None]
         bad = {each for each in chosen if accept is not None and not accept(problem, each)}
         if not bad:
@@ -59,12 +70,17 @@ def regimes(
         refused |= bad
 
 
-def _ranges(problem: Problem, device: Device, low: int, high: int, refused: set[Configuration]) -> list[Regime]:
+def _ranges(
+    problem: Problem, device: Device, low: int, high: int, refused: set[Configuration], measure: Measure | None
+) -> list[Regime]:
     choices: list[Candidate | None] = []
     for height in HEIGHTS:
-        fitting = (each for each in candidates(problem, device, height) if each.configuration not in refused)
-        choices += [each for each in [next(fitting, None)] if each is not None]
+        fitting = [each for each in candidates(problem, device, height) if each.configuration not in refused]
+        choices += _fastest(fitting, min(max(height, low), high), measure)
     dense = dense_seconds(problem, device, cached=isinstance(problem.weights[0].encoding, Dense))
+    if measure is not None:
+        many = min(max(_MANY, low), high)
+        dense *= measure(None, many) / at(dense, many)
     times = [each.seconds for each in choices if each is not None] + [dense]
     choices.append(None)
     found: list[Regime] = []
@@ -77,6 +93,20 @@ def _ranges(problem: Problem, device: Device, low: int, high: int, refused: set[
             return [*found, Regime(None, configuration, times[current])]
         found.append(Regime(crossing[0] - 1, configuration, times[current]))
         start, current = crossing
+
+
+def _fastest(fitting: list[Candidate], tokens: int, measure: Measure | None) -> list[Candidate]:
+    """The fastest candidate of a height, if there is one: by the model, or of the model's best by the clock."""
+    if measure is None:
+        return fitting[:1]
+    timed = []
+    for each in fitting[:_TRIED]:
+        if each.configuration.block_tokens == 1 and tokens > 1:
+            continue
+        seconds = measure(each.configuration, tokens)
+        if seconds < float("inf"):
+            timed.append(Candidate(each.configuration, each.seconds * (seconds / at(each.seconds, tokens))))
+    return sorted(timed, key=lambda each: at(each.seconds, tokens))[:1]
 
 
 def _time(choices: Sequence[Candidate | None], times: Sequence[sympy.Expr], index: int, tokens: int) -> float:

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparc import codes
-from sparc.codegen.triton.chips import find_device, require_triton
+from sparc.codegen.triton.chips import find_device, require_triton, runs_here
+from sparc.cost import Device
 from sparc.diag import LoweringError, SparcError
 from sparc.program import Program
 from sparc.suggest import hint as suggestion
 from sparc.target import Emission, EmitContext, StoredTensor
 
-_OPTIONS = {"verify_kernels": bool}
+_OPTIONS = {"verify_kernels": bool, "tune": bool, "tuning_folder": str}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class TritonTarget:
 
         Args:
             options: `verify_kernels`: whether every kernel is compiled to machine code and judged, so that one that
-                spills or does not fit is replaced (True).
+                spills or does not fit is replaced (True); `tune`: whether candidates are timed, where this machine has
+                the GPU (True); `tuning_folder`: where times are kept (`~/.cache/sparc`).
 
         Raises:
             LoweringError: SPARC209, SPARC410.
@@ -49,7 +54,9 @@ class TritonTarget:
                 what = f"target {self.name!r} has no option {name!r}"
                 raise LoweringError(codes.BAD_OPTION, what, hint=suggestion(name, list(_OPTIONS), kind="options"))
             if not isinstance(value, _OPTIONS[name]):
-                raise LoweringError(codes.BAD_OPTION, f"option {name!r} is {value!r}", why="expected True or False")
+                raise LoweringError(
+                    codes.BAD_OPTION, f"option {name!r} is {value!r}", why=f"expected a {_OPTIONS[name].__name__}"
+                )
         require_triton()
         find_device(self.capability)
 
@@ -71,12 +78,24 @@ class TritonTarget:
         device = find_device(self.capability)
         accept = acceptance(device.capability) if context.options.get("verify_kernels", True) else None
         extensions = {key[1]: _guarded(made, key[1]) for key, made in context.lowerings.items() if key[0] == "cuda"}
+        tuner = self._tuner(device, context)
         own = program.clone()
         lowered = {
-            name: lower(own, entry, device, extensions, context.diagnostics, accept)
+            name: lower(own, entry, device, extensions, context.diagnostics, accept, tuner)
             for name, entry in own.entries.items()
         }
+        if tuner is not None:
+            tuner.cache.write()
         return TritonEmission(self.name, device, own, lowered, context.diagnostics)
+
+    def _tuner(self, device: Device, context: EmitContext) -> Any:
+        """What times candidates; None where there is no such GPU, or it is not wanted."""
+        if not context.options.get("tune", True) or not runs_here(device.capability):
+            return None
+        from sparc.codegen.triton.tuning import Tuner, TuningCache, default_folder
+
+        folder = Path(context.options.get("tuning_folder") or default_folder())
+        return Tuner(TuningCache(folder, torch.cuda.get_device_name()), context.diagnostics)
 
     def load(self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor]) -> Emission:
         """The emission of a saved artifact: kernels are generated anew; no code is read from files."""

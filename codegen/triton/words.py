@@ -181,13 +181,13 @@ def small_floats(words: str, shift: int, bits: int, mantissa: int, tile: Tile, n
     up, places = full - bits - shift, fraction - mantissa - shift
     if full == 16:
         both = 0x10001
-        pairs = f"({_moved(words, up)} & 0x{sign * both:08X}) | ({_moved(words, places)} & 0x{rest * both:08X})"
+        pairs = f"({_moved(words, up)} & {_signed(sign * both)}) | ({_moved(words, places)} & {rest * both})"
         return from_halves(pairs, tile, name, width)
     lines = [f"{name}_words = {words}"]
     for half, lower in (("low", 0), ("high", 16)):
-        moved = f"({_moved(f'{name}_words', up - lower)} & 0x{sign:08X})"
-        moved += f" | ({_moved(f'{name}_words', places - lower)} & 0x{rest:08X})"
-        lines.append(f"{name}_{half} = ({moved}).to(tl.int32).to(tl.float32, bitcast=True)")
+        moved = f"({_moved(f'{name}_words', up - lower)} & {_signed(sign)})"
+        moved += f" | ({_moved(f'{name}_words', places - lower)} & {rest})"
+        lines.append(f"{name}_{half} = ({moved}).to(tl.float32, bitcast=True)")
     return [*lines, f"{name} = tl.join({name}_low, {name}_high).reshape({tile.block_rows}, {width})"]
 
 
@@ -207,6 +207,33 @@ def bytes_of(words: str, plane: int, tile: Tile, name: str, width: int) -> list[
         f"{name}_high = ({words} >> {8 * plane + 16}){kind}",
         f"{name} = tl.join({name}_low, {name}_high).reshape({tile.block_rows}, {width})",
     ]
+
+
+def signs(words: str, shift: int, kind: str, tile: Tile, name: str, width: int) -> list[str]:
+    """Code that defines `name`, `[block_rows, width]`: 1 where a bit is set, -1 where it is not, by their bits.
+
+    Args:
+        words: an expression, int32, with a bit at `shift` of each half word.
+        shift: where they are.
+        kind: `float16` or `float32`.
+        tile: the tile, for its rows.
+        name: what is defined.
+        width: its columns.
+    """
+    if kind == "float16":
+        return from_halves(
+            f"({_moved(words, 15 - shift)} & {_signed(0x80008000)}) ^ {_signed(0xBC00BC00)}", tile, name, width
+        )
+    lines = [
+        f"{name}_{half} = (({_moved(words, 31 - shift - lower)} & {_signed(1 << 31)}) ^ {_signed(0xBF800000)})"
+        ".to(tl.float32, bitcast=True)"
+        for half, lower in (("low", 0), ("high", 16))
+    ]
+    return [*lines, f"{name} = tl.join({name}_low, {name}_high).reshape({tile.block_rows}, {width})"]
+
+
+def _signed(mask: int) -> int:
+    return mask - (1 << 32) if mask >> 31 else mask
 
 
 def _moved(words: str, places: int) -> str:

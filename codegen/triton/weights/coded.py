@@ -14,6 +14,9 @@ from sparc.codegen.triton.tiles import Buffer, Plane, Product, Tile, TileCode, W
 from sparc.encoding.base import ElementEncoding
 from sparc.encoding.groups import Group
 
+# Columns of a unit and of a plane, so that a step of 64 tokens fits into registers and shared memory.
+_GREATEST_UNIT, _GREATEST_WIDTH = 256, 64
+
 
 class CodedWeight(WeightLowering):
     """Codes in words (`sparc.codegen.triton.words`), and parameters that groups of columns share.
@@ -49,7 +52,8 @@ class CodedWeight(WeightLowering):
     def unit(self) -> int:
         """Columns of a unit of words."""
         power = Groups(self.size, self.rows, self.columns).power
-        return words.unit_of(self.stored_columns, self.digits[0], words.LEAST_WIDTH if self.narrow else power)
+        widest = min(power or _GREATEST_WIDTH, _GREATEST_WIDTH, max(_GREATEST_UNIT // self.planes, words.LEAST_WIDTH))
+        return words.unit_of(self.stored_columns, self.digits[0], words.LEAST_WIDTH if self.narrow else widest)
 
     @property
     def planes(self) -> int:
