@@ -55,15 +55,17 @@ class Plan:
         seconds: when to stop.
         tune: whether every configuration is tried.
         tuning_seconds: for trying configurations.
+        place: where tensors are.
     """
 
     cases: Sequence[Case] = CASES
     layers: Sequence[Layer] = LAYERS
     tokens: Sequence[int] = TOKENS
     rounds: int = 30
-    seconds: float = 280
+    seconds: float = 300
     tune: bool = False
     tuning_seconds: float = 120
+    place: str = "cuda"
 
 
 @dataclass
@@ -120,7 +122,7 @@ class _Session:
         made: list[Subject] = []
         for layer in self.plan.layers:
             try:
-                matrices = _matrices(case, layer)
+                matrices = _matrices(case, layer, self.plan.place)
             except Exception as caught:  # of memory, or of an encoding on this device; the others are still to come
                 matrices = f"encoding failed: {said(caught)}"
             if isinstance(matrices, str):
@@ -148,7 +150,7 @@ class _Session:
         row["floor"] = floor(subject.matrices, tokens, self.device)
         try:
             trials = [trial for trial in subject.trials[tokens] if self.compiler.fits(trial)]
-            bench = _Bench(subject, tokens)
+            bench = _Bench(subject, tokens, self.plan.place)
             best = self._tuned(bench, trials)[0]
             decoded = at(dense_seconds(best.problem, self.device, cached=False), tokens)
             row["configuration"] = vars(best.configuration)
@@ -175,13 +177,13 @@ def _seconds(tokens: int, candidate: Candidate) -> float:
     return at(candidate.seconds, tokens)
 
 
-def _matrices(case: Case, layer: Layer) -> list[EncodedMatrix] | str:
+def _matrices(case: Case, layer: Layer, place: str) -> list[EncodedMatrix] | str:
     """The two of a gated layer, or one; gated ones that no kernel pairs are stacked."""
     pair = layer.gated and can_pair(case)
     rows = layer.rows * (2 if layer.gated and not pair else 1)
     made: list[EncodedMatrix] = []
     for seed in range(2 if pair else 1):
-        each = encode(case, (rows, layer.columns), "cuda", seed)
+        each = encode(case, (rows, layer.columns), place, seed)
         if isinstance(each, str):
             return each
         made.append(each)
@@ -204,14 +206,14 @@ def floor(matrices: Sequence[EncodedMatrix], tokens: int, device: Device) -> flo
 class _Bench:
     """The contenders for one layer and number of tokens."""
 
-    def __init__(self, subject: Subject, tokens: int) -> None:
-        self.subject, self.tokens = subject, tokens
+    def __init__(self, subject: Subject, tokens: int, place: str) -> None:
+        self.subject, self.tokens, self.place = subject, tokens, place
         self.dtype = getattr(torch, subject.case.dtype)
         self.columns = subject.layer.columns
         self.rows = subject.matrices[0].shape[0]
-        generator = torch.Generator("cuda").manual_seed(0)
-        self.x = torch.randn(tokens, self.columns, generator=generator, device="cuda").to(self.dtype)
-        self.y = torch.full((tokens, self.rows), torch.nan, device="cuda", dtype=self.dtype)
+        generator = torch.Generator(place).manual_seed(0)
+        self.x = torch.randn(tokens, self.columns, generator=generator, device=place).to(self.dtype)
+        self.y = torch.full((tokens, self.rows), torch.nan, device=place, dtype=self.dtype)
         self.failed: dict[str, str] = {}
         own = [buffer for each in subject.matrices for buffer in each.buffers()]
         self.sets = [own]
@@ -220,7 +222,7 @@ class _Bench:
 
     def calls(self, trial: Trial, sets: Sequence[Sequence[Tensor]]) -> list[Callable[[], None]]:
         """The kernel, on every set of weights."""
-        scratch = trial.scratch("cuda")
+        scratch = trial.scratch(self.place)
         return [partial(trial.run, self.x, buffers, (), self.y, scratch) for buffers in sets]
 
     def error(self, trial: Trial) -> float:
@@ -231,7 +233,7 @@ class _Bench:
         """
         self.y.fill_(torch.nan)
         self.calls(trial, self.sets[:1])[0]()
-        chosen = torch.linspace(0, self.tokens - 1, min(_CHECKED, self.tokens), device="cuda").long()
+        chosen = torch.linspace(0, self.tokens - 1, min(_CHECKED, self.tokens), device=self.place).long()
         dense = [each.dense(torch.float64) for each in self.subject.matrices]
         found = relative(self.y[chosen], exact(self.x[chosen].double(), dense))
         if not found <= TOLERANCE[self.subject.case.dtype] * len(dense):
@@ -275,7 +277,7 @@ class _Bench:
     def _weight(self, dtype: torch.dtype) -> Tensor:
         """A dense weight of the whole layer: of a gated one both matrices, without the gate."""
         rows = self.subject.layer.rows * (2 if self.subject.layer.gated else 1)
-        return (torch.randn(rows, self.columns, device="cuda") * self.columns**-0.5).to(dtype)
+        return (torch.randn(rows, self.columns, device=self.place) * self.columns**-0.5).to(dtype)
 
     def _torch(self) -> Replay:
         weight = self._weight(self.dtype)

@@ -86,9 +86,9 @@ def _check(operator: SiteOperator, device: str) -> None:
 
 
 def _compare(operator: SiteOperator, expected: Tensor, found: Tensor, tokens: int, scratch: Scratch) -> None:
-    tolerance = {torch.float32: FLOAT32_TOLERANCE, torch.bfloat16: _BFLOAT16_TOLERANCE}
+    tolerance = {"float32": FLOAT32_TOLERANCE, "bfloat16": _BFLOAT16_TOLERANCE}
     difference = relative_error(expected, found)
-    if not difference <= tolerance.get(found.dtype, HALF_TOLERANCE):
+    if not difference <= tolerance.get(operator.site.problem.dtype, HALF_TOLERANCE):
         raise LoweringError(
             codes.PARITY_FAILED,
             f"the kernel of {operator.site.names[0]} differs by {difference:.2e} relative at {tokens} tokens",

@@ -104,7 +104,7 @@ class _Parts:
         shape = f"{chosen.block_rows}," if self.single else f"{chosen.block_rows}, {chosen.block_tokens}"
         width = {plane.width for code in self.codes for plane in code.planes}
         return {
-            "equation": problem.equation or "y = x @ decode(w).T",
+            "equation": problem.equation,
             "rows": problem.rows,
             "columns": problem.columns,
             "encoding": problem.weights[0].key(),

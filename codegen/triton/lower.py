@@ -77,7 +77,7 @@ class _Lowering:
     # sites ------------------------------------------------------------------------------------------------------------
     def sites(self, extensions: Mapping[str, LoweringType], accept: Accept | None, tuner: Tuner | None) -> None:
         """Replace every product that a kernel serves."""
-        found, missed = find_products(self.program, self.entry, extensions)
+        found, missed = find_products(self.program, self.entry, extensions, self.device.flops)
         self.why = {each.node: each.why for each in missed}
         made: list[tuple[SiteOperator, int | None]] = []
         for site in found:

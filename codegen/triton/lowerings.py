@@ -3,14 +3,26 @@
 from collections.abc import Mapping
 
 from sparc.codegen.triton.tiles import LoweringType, WeightLowering
+from sparc.codegen.triton.weights.binary_code import BinaryCodeWeight
 from sparc.codegen.triton.weights.blocks import BlockSparseWeight
+from sparc.codegen.triton.weights.codebook import CodebookWeight
 from sparc.codegen.triton.weights.dense import DenseWeight
+from sparc.codegen.triton.weights.float8 import Float8Weight
 from sparc.codegen.triton.weights.integer import IntegerWeight
+from sparc.codegen.triton.weights.microscaling import MXFP4Weight, NVFP4Weight
 from sparc.codegen.triton.weights.n_of_m import StructuredWeight
 from sparc.encoding.base import Encoding, Parts
 from sparc.encoding.mask import MaskEncoding
 
-LOWERINGS: Mapping[str, LoweringType] = {"Dense": DenseWeight, "IntGrid": IntegerWeight}
+LOWERINGS: Mapping[str, LoweringType] = {
+    "Dense": DenseWeight,
+    "IntGrid": IntegerWeight,
+    "Float8": Float8Weight,
+    "MXFP4": MXFP4Weight,
+    "NVFP4": NVFP4Weight,
+    "Codebook": CodebookWeight,
+    "BinaryCode": BinaryCodeWeight,
+}
 MASKS: Mapping[str, type[BlockSparseWeight | StructuredWeight]] = {"Blocks": BlockSparseWeight, "NM": StructuredWeight}
 
 

@@ -149,7 +149,7 @@ class SiteOperator:
         if problem is not self.site.problem:
             x, operands = self._normalised(x, operands), operands[len(self.site.problem.prologue.arguments) :]
         y = self.output(x)
-        given = [aligned(x), *tensors.buffers, *(aligned(each) for each in operands)]
+        given = [x.contiguous(), *tensors.buffers, *(each.contiguous() for each in operands)]
         launch(kernel, grid(problem, configuration, tokens), arguments(configuration, given, y, tokens, scratch))
         return y
 
@@ -195,12 +195,11 @@ class SiteOperator:
         return found
 
     def _normalisation(self) -> fx.Graph | None:
-        problem = self.site.problem
-        if problem.prologue.kind == "none":
+        result = self.site.normalised
+        if result is None:
             return None
-        given = self.site.operands[: len(problem.prologue.arguments)]
-        norm = next(node for node in self.site.inner if node.args and node.args[0] is self.site.x)
-        return region([norm], {norm}, [self.site.x, *given])  # type: ignore[list-item]
+        given = self.site.operands[: len(self.site.problem.prologue.arguments)]
+        return region([result], set(self.site.inner), [self.site.x, *given])  # type: ignore[list-item]
 
     def _normalised(self, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
         assert self._norm is not None
@@ -218,14 +217,6 @@ def structure(graph: fx.Graph) -> list[str]:
         text = fx.node.map_aggregate((node.args, node.kwargs), lambda each: numbers.get(each, str(each)))
         found.append(f"{node.op} {target} {text} {node.meta.get('val')}")
     return found
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """A tensor that kernels can read: contiguous, at an address that 16 divides."""
-    whole = tensor.contiguous()
-    if isinstance(whole, torch._subclasses.FakeTensor) or whole.data_ptr() % 16 == 0:
-        return whole
-    return whole.clone()
 
 
 def token_range(site: Site) -> tuple[int, int | None]:

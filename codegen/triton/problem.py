@@ -130,7 +130,6 @@ class Problem:
         prologue: what is done to the activation.
         epilogue: what is done to the product.
         access: where the activation's elements lie.
-        equation: what is computed, for people.
     """
 
     weights: tuple[WeightLowering, ...]
@@ -138,7 +137,6 @@ class Problem:
     prologue: Prologue = field(default_factory=Prologue)
     epilogue: Epilogue = field(default_factory=Epilogue)
     access: Access = field(default_factory=Access)
-    equation: str = ""
 
     @property
     def rows(self) -> int:
@@ -149,6 +147,16 @@ class Problem:
     def columns(self) -> int:
         """Features of the activation."""
         return self.weights[0].columns
+
+    @property
+    def equation(self) -> str:
+        """What is computed, in a line."""
+        x = {"none": "x", "rms_norm": "rms_norm(x)", "layer_norm": "layer_norm(x)"}[self.prologue.kind]
+        x = f"{self.prologue.quantized}({x})" if self.prologue.quantized else x
+        ends = [f"_{index}" if index else "" for index in range(len(self.weights))]
+        steps = [f"product{end} = {x} @ decode(codes{end}).T" for end in ends]
+        steps += [line.replace("_value", "") for line in self.epilogue.lines]
+        return "; ".join([*steps, f"y = {self.epilogue.result.replace('_value', '')}"])
 
     @property
     def key(self) -> tuple[object, ...]:

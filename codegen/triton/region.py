@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from sparc.analysis.values import same_shape, tensor_type
@@ -51,10 +52,17 @@ def find_tail(anchors: Sequence[fx.Node], order: Sequence[fx.Node]) -> Tail | No
             dependent.add(node)
             continue
         taken[node] = None
-        if _exits(taken) == [node]:
+        if _exits(taken) == [node] and not _widens(node):
             nodes = tuple(each for each in taken if each not in anchors)
             best = Tail(nodes, node, _operands(nodes, taken))
     return best
+
+
+def _widens(node: fx.Node) -> bool:
+    """Whether a node is a cast to a wider type: storing its operand and casting when it is read moves fewer bytes."""
+    own, source = tensor_type(node), tensor_type(node.all_input_nodes[0])
+    cast = node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+    return cast and own is not None and source is not None and own.itemsize > source.itemsize
 
 
 def _fits(node: fx.Node, anchor: fx.Node, taken: dict[fx.Node, None], dependent: set[fx.Node]) -> bool:

@@ -1,7 +1,8 @@
 """The products of a program that kernels are generated for, with what goes into each kernel."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,18 +14,19 @@ from sparc.codegen.encoded import match_activation, match_encoded
 from sparc.codegen.triton import pointwise
 from sparc.codegen.triton.access import find_access
 from sparc.codegen.triton.lowerings import find_lowering
+from sparc.codegen.triton.norms import find_norm
 from sparc.codegen.triton.problem import Access, Epilogue, EpilogueInput, Problem, Prologue
 from sparc.codegen.triton.region import Tail, find_tail, only_read_by, operand_kind
 from sparc.codegen.triton.tiles import LoweringType, WeightLowering
 from sparc.encoding.base import Encoding, Parts
 from sparc.encoding.blocks import Blocks
 from sparc.encoding.dense import Dense
-from sparc.encoding.int_grid import IntGrid
+from sparc.encoding.float8 import Float8
+from sparc.encoding.operators import find_spec, is_decode, is_quantize
 from sparc.program import Entry, Program, is_weight
 
 aten = torch.ops.aten
 
-_NORMS = {aten.rms_norm.default: "rms_norm", aten.layer_norm.default: "layer_norm"}
 _CONVOLUTIONS = (aten.conv2d.default,)
 
 
@@ -61,6 +63,7 @@ class Site:
         result: the node whose value it computes; the last anchor when they are parallel.
         problem: what is generated.
         parallel: whether every anchor's value is a slice of the result.
+        normalised: the node whose value the prologue's normalisation computes, if there is one.
     """
 
     weights: tuple[SiteWeight, ...]
@@ -71,6 +74,7 @@ class Site:
     result: fx.Node
     problem: Problem
     parallel: bool = False
+    normalised: fx.Node | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +92,7 @@ class Missed:
 
 
 def find_products(
-    program: Program, entry: Entry, extensions: Mapping[str, LoweringType]
+    program: Program, entry: Entry, extensions: Mapping[str, LoweringType], products: Collection[str] = ("int8",)
 ) -> tuple[list[Site], list[Missed]]:
     """The sites of an entry in the graph's order, and the encoded products that are none.
 
@@ -96,8 +100,9 @@ def find_products(
         program: the program.
         entry: one of its entries.
         extensions: lowerings that extensions register.
+        products: the types of 8 bits that the chip's tensor cores multiply.
     """
-    finder = _Finder(program, list(entry.graph.nodes), extensions)
+    finder = _Finder(program, list(entry.graph.nodes), extensions, products)
     by_input: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in finder.order:
         if finder.is_product(node):
@@ -111,9 +116,26 @@ def find_products(
     return sorted(sites, key=lambda site: position[site.anchors[0]]), missed
 
 
+@dataclass(frozen=True)
+class _Before:
+    """A prologue, the activation it reads, the nodes it replaces, its operands, and the node it normalises to."""
+
+    prologue: Prologue
+    x: fx.Node
+    inner: tuple[fx.Node, ...] = ()
+    given: tuple[fx.Node, ...] = ()
+    normalised: fx.Node | None = None
+
+
 class _Finder:
-    def __init__(self, program: Program, order: list[fx.Node], extensions: Mapping[str, LoweringType]) -> None:
-        self.program, self.order, self.extensions = program, order, extensions
+    def __init__(
+        self,
+        program: Program,
+        order: list[fx.Node],
+        extensions: Mapping[str, LoweringType],
+        products: Collection[str],
+    ) -> None:
+        self.program, self.order, self.extensions, self.products = program, order, extensions, products
 
     def is_product(self, node: fx.Node) -> bool:
         """A linear layer or a convolution with a stored weight."""
@@ -187,64 +209,56 @@ class _Finder:
         tail = find_tail(anchors, self.order)
         assert tail is not None
         made: list[WeightLowering] = lowerings  # type: ignore[assignment]
-        prologue, x, before, given = self._prologue(anchor, made[0], access, readers)
+        before = self._prologue(anchor, made[0], access, readers)
         epilogue, operands = _epilogue(anchors, tail)
-        problem = Problem(tuple(made), dtype, prologue, epilogue, access)
-        problem = replace(problem, equation=_equation(problem))
-        inner = (*before, *anchors, *tail.nodes)
-        return Site(tuple(weights), anchors, inner, x, (*given, *operands), tail.result, problem)
+        problem = Problem(tuple(made), dtype, before.prologue, epilogue, access)
+        inner = (*before.inner, *anchors, *tail.nodes)
+        given = (*before.given, *operands)
+        return Site(tuple(weights), anchors, inner, before.x, given, tail.result, problem, normalised=before.normalised)
 
-    def _prologue(
-        self, anchor: fx.Node, weight: WeightLowering, access: Access, readers: Sequence[fx.Node]
-    ) -> tuple[Prologue, fx.Node, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
-        """The prologue, the activation it reads, the nodes it replaces, and its operands."""
+    def _prologue(self, anchor: fx.Node, weight: WeightLowering, access: Access, readers: Sequence[fx.Node]) -> _Before:
+        """What the kernel does to the activation while it reads it."""
         x = anchor.args[0]
         assert isinstance(x, fx.Node)
-        prologue = Prologue()
-        inner: tuple[fx.Node, ...] = ()
         if access.kind != "rows" or not only_read_by(x, readers):
-            return prologue, x, (), ()
-        activation = match_activation(x)
-        if activation.kind == "token" and isinstance(activation.spec, IntGrid) and weight.accepts("int8") is None:
-            prologue = Prologue(quantized="int8")
-            inner = (x,)
-            x = activation.source
-            readers = [each for each in x.users]
-            if any(not _leads_to(each, anchor.args[0]) for each in readers):
-                return prologue, x, inner, ()
-        norm = _norm(x)
-        if norm is None or not only_read_by(x, readers):
-            return prologue, x, inner, ()
-        arguments = list(x.args) + [None] * 3
-        source, gain, shift = arguments[0], arguments[2], arguments[3] if norm == "layer_norm" else None
-        given = tuple(each for each in (gain, shift) if isinstance(each, fx.Node))
+            return _Before(Prologue(), x)
+        quantized, source = self._quantized(x, weight)
+        inner = (x,) if quantized else ()
+        if quantized and any(not _leads_to(each, x) for each in source.users):
+            return _Before(Prologue(quantized=quantized), source, inner)
+        norm = find_norm(source)
+        if norm is None or not (quantized or only_read_by(source, readers)):
+            return _Before(Prologue(quantized=quantized), source, inner)
+        given = tuple(each for each in (norm.gain, norm.bias) if each is not None)
         types = {str(tensor_type(each).dtype).removeprefix("torch.") for each in given}  # type: ignore[union-attr]
-        if not isinstance(source, fx.Node) or len(types) > 1:
-            return prologue, x, inner, ()
-        described = replace(
-            prologue, kind=norm, epsilon=_epsilon(x), gain=gain is not None, bias=shift is not None,
-            dtype=next(iter(types), "float32"),
-        )  # fmt: skip
-        return described, source, (x, *inner), given
+        if len(types) > 1:
+            return _Before(Prologue(quantized=quantized), source, inner)
+        dtype = next(iter(types), "float32")
+        gain, bias = norm.gain is not None, norm.bias is not None
+        prologue = Prologue(norm.kind, norm.epsilon, gain, bias, dtype, quantized)
+        return _Before(prologue, norm.source, (*norm.nodes, *inner), given, source)
+
+    def _quantized(self, x: fx.Node, weight: WeightLowering) -> tuple[str, fx.Node]:
+        """The 8-bit type that an activation is quantized to token by token, and its source; empty for none."""
+        activation = match_activation(x)
+        if activation.kind == "token" and weight.accepts("int8") is None and "int8" in self.products:
+            return "int8", activation.source
+        source = _float8_source(x)
+        if source is not None and weight.accepts("float8e4nv") is None and "float8e4nv" in self.products:
+            return "float8e4nv", source
+        return "", x
 
 
-def _norm(node: Any) -> Any:
-    """Which normalisation over the last axis a node is; None for another."""
-    if not isinstance(node, fx.Node) or node.target not in _NORMS or len(node.args[1]) != 1:  # type: ignore[arg-type]
+def _float8_source(x: fx.Node) -> fx.Node | None:
+    """What `decode(quantize(source))` quantizes, in 8-bit floats with a scale for each token."""
+    if not is_decode(x) or not isinstance(find_spec(str(x.args[1])), Float8):
         return None
-    source = tensor_type(node.args[0])
-    own = tensor_type(node)
-    return _NORMS[node.target] if source is not None and own is not None and source.dtype == own.dtype else None
-
-
-def _epsilon(node: fx.Node) -> float:
-    position = 3 if node.target is aten.rms_norm.default else 4
-    value = node.args[position] if len(node.args) > position else node.kwargs.get("eps")
-    if isinstance(value, (int, float)):
-        return float(value)
-    kind = tensor_type(node)
-    assert kind is not None
-    return float(torch.finfo(kind.dtype).eps) if node.target is aten.rms_norm.default else 1e-5
+    spec = find_spec(str(x.args[1]))
+    first = x.args[0][0]  # type: ignore[index]
+    quantize = first.args[0] if isinstance(first, fx.Node) and first.target is operator.getitem else None
+    if not is_quantize(quantize) or quantize.args[1] or spec != Float8(group="channel"):  # type: ignore[union-attr]
+        return None
+    return quantize.args[0]  # type: ignore[union-attr, return-value]
 
 
 def _leads_to(node: fx.Node, target: Any) -> bool:
@@ -281,16 +295,6 @@ def _epilogue(anchors: Sequence[fx.Node], tail: Tail) -> tuple[Epilogue, tuple[f
     lines += pointwise.lines(tail.nodes, names)
     dtype = str(tensor_type(tail.result).dtype).removeprefix("torch.")  # type: ignore[union-attr]
     return Epilogue(tuple(inputs), tuple(lines), names[tail.result], dtype), tuple(operands)
-
-
-def _equation(problem: Problem) -> str:
-    """What is computed, in a line."""
-    x = {"none": "x", "rms_norm": "rms_norm(x)", "layer_norm": "layer_norm(x)"}[problem.prologue.kind]
-    x = f"{problem.prologue.quantized}({x})" if problem.prologue.quantized else x
-    ends = [f"_{index}" if index else "" for index in range(len(problem.weights))]
-    steps = [f"product{end} = {x} @ decode(codes{end}).T" for end in ends]
-    steps += [line.replace("_value", "") for line in problem.epilogue.lines]
-    return "; ".join([*steps, f"y = {problem.epilogue.result.replace('_value', '')}"])
 
 
 # parallel products --------------------------------------------------------------------------------------------------

@@ -86,7 +86,9 @@ class Tuner:
         self._diagnostics, self._timer, self._device = diagnostics, timer or _graph_seconds, device
 
     def seconds(self, site: Site, configuration: Configuration | None, tokens: int) -> float:
-        """The time of a site served by one configuration (None: by torch), at a number of tokens; infinite if it fails."""
+        """The time of a site served by one configuration (None: by torch), at a number of tokens; infinite if it
+        fails.
+        """
         operator = SiteOperator(site, [Regime(None, configuration, 0)])
         key = f"{operator.digest}-{tokens}"
         known = self.cache.get(key)

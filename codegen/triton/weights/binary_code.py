@@ -96,6 +96,7 @@ class BinaryCodeWeight(CodedWeight):
 
     def cost(self, product: Product) -> DecodeCost:
         """For each bit a shift and a mask, and a product with a sum; two weights at once in half precision."""
-        if product == "float16":
-            return DecodeCost(self.bits_read, 2.5 + 1.8 * self.bits, 0.5 + 1.2 * self.bits)
-        return DecodeCost(self.bits_read, 4.0 + 3.2 * self.bits, 1.0 + 2.2 * self.bits)
+        if product != "float16":
+            return DecodeCost(self.bits_read, 5.0 + 3.2 * self.bits, 1.0 + 2.2 * self.bits)
+        issue, arithmetic = {1: (5.0, 2.3), 2: (7.3, 4.0), 3: (10.0, 4.3), 4: (10.5, 4.8)}[self.bits]
+        return DecodeCost(self.bits_read, issue, arithmetic)

@@ -18,7 +18,7 @@ from sparc.encoding.groups import Group
 # 9.4. A gather along rows of copies of the table, which becomes shuffles: 7.2, 7.3. A tree of selections: 15.6, 5.5. A
 # gather from one flat table, which becomes one load from shared memory for each weight, of as many banks as there are
 # entries, so without conflicts: 4.6, 4.5. The same from a table of pairs, for 2 bits, whose 16 pairs are without
-# conflicts as well: 3.4; the 256 pairs of 4 bits would share 32 banks, and take more time than two loads.
+# conflicts as well: 3.7; the 256 pairs of 4 bits would share 32 banks, and take more time than two loads.
 _PAIRED_BITS = 2
 
 

@@ -25,7 +25,7 @@ class CodedWeight(WeightLowering):
     columns / 16]`, their lowest ones; the parameters, `[groups, rows]`.
     """
 
-    forbidden = ("I2F",)
+    forbidden: tuple[str, ...] = ("I2F",)
     maskable: ClassVar[bool] = True
 
     @property

@@ -19,7 +19,7 @@ _LEAST_WIDTH = 32  # columns that a product of 8-bit floats takes
 class Float8Weight(ScaledWeight):
     """`number * scale`, from words of bytes."""
 
-    forbidden = ("I2F", "F2F")
+    forbidden: tuple[str, ...] = ("I2F", "F2F")
 
     def __init__(self, encoding: Encoding, shape: Sequence[int], parts: Parts) -> None:
         """Args: see the class."""
@@ -70,5 +70,5 @@ class Float8Weight(ScaledWeight):
             "float16": (4.6, 2.5) if grouped else (3.0, 1.5),
             "bfloat16": (6.8, 2.7) if grouped else (3.5, 1.5),
             "float32": (12.0, 5.0),
-        }.get(product, (3.5, 1.0))
+        }.get(product, (5.3, 1.0) if grouped else (4.0, 1.0))
         return DecodeCost(self.bits_read, issue, arithmetic)

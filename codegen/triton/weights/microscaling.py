@@ -1,4 +1,4 @@
-"""`MXFP4` and `NVFP4`: E2M1 floats whose bits are moved into wider floats, and a byte of scale for each block of columns.
+"""`MXFP4` and `NVFP4`: E2M1 floats whose bits are moved into wider floats, and a byte of scale for each block.
 
 A number times the scale of its block has few enough bits to be exact in every type that tiles are multiplied in; so the
 tile is scaled, and blocks may be narrower than products. What powers of two the type's exponents do not reach, and the
@@ -30,7 +30,7 @@ class _MicroscalingWeight(CodedWeight):
     being the scale of a block in plane `p`; `whole` float32 `[1]`.
     """
 
-    forbidden = ("I2F", "F2F")
+    forbidden: tuple[str, ...] = ("I2F", "F2F")
     # A mask's lowering asks for tiles of kept columns, whose blocks are not those of the scales.
     maskable = False
 
@@ -117,7 +117,8 @@ class _MicroscalingWeight(CodedWeight):
     def cost(self, product: Product) -> DecodeCost:
         """Two shifts, two masks and a product for two numbers."""
         bits = (_BITS + 8 / self.block) * self.padded_columns / self.columns
-        return DecodeCost(bits, 3.5 if product != "float32" else 12.0, 2.0 if product != "float32" else 5.0)
+        issue, arithmetic = (14.0, 6.0) if product == "float32" else (5.6, 3.1)
+        return DecodeCost(bits, issue, arithmetic)
 
 
 class MXFP4Weight(_MicroscalingWeight):
@@ -131,7 +132,7 @@ class MXFP4Weight(_MicroscalingWeight):
     def scales(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The greatest exponent becomes 254, that of the greatest normal bfloat16; the whole has what it was.
 
-        Half precision reaches 2^-30 of the greatest scale; a block below it, whose numbers are nothing in any sum, is 0.
+        Half precision reaches 2^-30 of the greatest scale; a smaller block, nothing in any sum, is 0.
         """
         exponent = parts["scale"].to(torch.int32)
         greatest = exponent.amax()
@@ -165,7 +166,7 @@ class NVFP4Weight(_MicroscalingWeight):
         return parts["scale"], parts["tensor_scale"].float()
 
     def scale_of(self, byte: str, product: Product) -> str:
-        """The bits, moved, and as great a power of two as fits: the tile's numbers are products over it and 2^14 or 2^126."""
+        """The bits, moved, and as great a power of two as fits, since numbers are over 2^14 or 2^126."""
         if product == "float16":
             return f"({byte} << 7).to(tl.int16).to(tl.float16, bitcast=True) * {2.0**15!r}"
         # in two steps, because the power of two is greater than a number of the type can be

@@ -58,7 +58,10 @@ def run_product(
     dtype: str = "float16",
     prologue: Prologue | None = None,
 ) -> tuple[Tensor, Tensor, Kernel]:
-    """The kernel's result and the exact one, `[tokens, rows]` in float64, and the kernel."""
+    """The kernel's result and the exact one, `[tokens, rows]` in float64, and the kernel.
+
+    The exact one is of the activation as the prologue quantizes it; it knows no normalisation.
+    """
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, case.lowering.columns, generator=generator).to(getattr(torch, dtype))
     y = torch.full((tokens, case.lowering.rows), torch.nan, dtype=x.dtype)
@@ -66,7 +69,17 @@ def run_product(
     buffers = case.lowering.layout(case.parts)
     tensors = [x, *(buffers[buffer.name] for buffer in case.lowering.buffers)]
     kernel = interpret_problem(problem, fitting(case, configuration), tensors, y, tokens)
-    return y.double(), x.double() @ case.dense.T, kernel
+    return y.double(), quantized(x, problem.prologue.quantized) @ case.dense.T, kernel
+
+
+def quantized(x: Tensor, kind: str) -> Tensor:
+    """An activation in 8 bits, with a scale for each token, in float64; empty `kind`: as it is."""
+    if not kind:
+        return x.double()
+    scale = x.float().abs().amax(-1, keepdim=True) / {"int8": 127, "float8e4nv": 448}[kind]
+    numbers = x.float() / torch.where(scale > 0, scale, 1)
+    numbers = numbers.round() if kind == "int8" else numbers.to(torch.float8_e4m3fn)
+    return numbers.double() * scale.double()
 
 
 def relative(found: Tensor, exact: Tensor) -> float:

@@ -1,4 +1,6 @@
-"""The target `cuda` as a user meets it, without a GPU: kernels are judged as machine code and run in the interpreter."""
+"""The target `cuda` as a user meets it, without a GPU: kernels are judged as machine code and run in the
+interpreter.
+"""
 
 import json
 from dataclasses import replace
@@ -222,15 +224,12 @@ def replace_tensors() -> Any:
     return SiteTensors((), ())
 
 
-def test_strided_and_misaligned_activations_are_copied(language_model: Artifact) -> None:
-    from sparc.codegen.triton.operator import aligned
-
-    whole = torch.randn(9, 65).half()
-    for each in (whole.t(), whole.flatten()[1:65], whole[:, :64]):
-        found = aligned(each)
-        assert found.is_contiguous()
-        assert found.data_ptr() % 16 == 0
-        assert torch.equal(found, each)
+def test_strided_and_misaligned_activations_are_served() -> None:
+    artifact = compiled(Encoder)
+    whole = torch.randn(3, 5, 49).half()
+    agrees(artifact, whole[:2, :, :48])
+    agrees(artifact, whole.flatten()[1:481].view(2, 5, 48))
+    agrees(artifact, torch.randn(48, 5, 2).half().permute(2, 1, 0))
 
 
 def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,54 @@
+"""What torch.compile will see of an emitted graph, traced without a GPU on tensors that only pretend to be on one."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+from torch import nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+
+from sparc.codegen.triton.emission import module_of
+from tests.codegen.triton.models import LanguageModel
+from tests.codegen.triton.test_target import compiled, emission
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+    """Triton believes in an H100, so that torch can ask it which arguments a kernel writes to."""
+    driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def pretend(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The module with its buffers on a GPU that is not there."""
+    with mode:
+        for name, buffer in list(module.named_buffers()):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
+    return module
+
+
+def test_every_site_is_a_kernel_that_the_compiler_sees(fake_gpu: FakeTensorMode) -> None:
+    module = pretend(module_of(emission(compiled(LanguageModel)).lowered["forward"], "cpu"), fake_gpu)
+    with fake_gpu:
+        ids = torch.empty(1, 7, dtype=torch.int64, device="cuda")
+        traced, _ = aot_export_module(module, [ids], trace_joint=False)
+    calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_function")
+    assert calls["triton_kernel_wrapper_functional"] == 5
+    assert not any("linear" in name or "mm" in name.split(".") or "rms_norm" in name for name in calls)
+    written = [node.kwargs["tensors_to_clone"] for node in traced.graph.nodes
+               if str(node.target) == "triton_kernel_wrapper_functional"]  # fmt: skip
+    assert all(names == ["y"] for names in written)
+    outputs = next(node for node in traced.graph.nodes if node.op == "output").args[0]
+    assert len(outputs) == 1
+
+
+def test_every_operator_knows_its_type(fake_gpu: FakeTensorMode) -> None:
+    module = pretend(module_of(emission(compiled(LanguageModel)).lowered["forward"], "cpu"), fake_gpu)
+    with fake_gpu:
+        result = module(torch.empty(1, 1, dtype=torch.int64, device="cuda"))[0]
+    assert (result.shape, result.dtype, result.device.type) == ((1, 1, 100), torch.float16, "cuda")
