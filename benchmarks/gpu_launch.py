@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from multiprocessing import TimeoutError, get_context
 from multiprocessing.pool import AsyncResult
 from statistics import median
@@ -38,7 +39,7 @@ class Trial:
         """What its kernel computes: a normalisation is apart where there are many tokens."""
         return bare(self.problem) if self.configuration.block_tokens > SKINNY else self.problem
 
-    @property
+    @cached_property
     def kernel(self) -> Kernel:
         """The kernel."""
         return generate(self.own, self.configuration)
@@ -79,6 +80,7 @@ class Compiler:
         self._capability = capability
         self._pool = get_context("spawn").Pool(max(1, min(_WORKERS, (os.cpu_count() or 2) - 2)))
         self._results: dict[str, AsyncResult[bool]] = {}
+        self._stalled = False
 
     def __enter__(self) -> "Compiler":
         return self
@@ -94,13 +96,14 @@ class Compiler:
                 self._results[kernel.digest] = self._pool.apply_async(_judge, (kernel, self._capability))
 
     def fits(self, trial: Trial, seconds: float = 60) -> bool:
-        """Whether a trial's kernel compiles, spills nothing and fits; also true when that is not known in time."""
-        result = self._results.get(trial.specialised().digest)
-        if result is None:
-            return True
+        """Whether a trial's kernel compiles, spills nothing and fits; also true when that is not known in time, and
+        then nothing is waited for any more.
+        """
+        self.submit([trial])
         try:
-            return result.get(timeout=seconds)
+            return self._results[trial.specialised().digest].get(timeout=0 if self._stalled else seconds)
         except TimeoutError:
+            self._stalled = True
             return True
 
 

@@ -130,7 +130,8 @@ class _Session:
                 return []
             made.append(Subject(case, layer, matrices, self._trials(matrices)))
         for subject in made:
-            self.compiler.submit(trial for trials in subject.trials.values() for trial in trials)
+            for trials in subject.trials.values():
+                self.compiler.submit(trials if self.plan.tune else trials[:1])
         return made
 
     def _trials(self, matrices: Sequence[EncodedMatrix]) -> dict[int, list[Trial]]:
@@ -149,9 +150,8 @@ class _Session:
         row: dict[str, Any] = {"case": subject.case.name, "layer": subject.layer.name, "tokens": tokens}
         row["floor"] = floor(subject.matrices, tokens, self.device)
         try:
-            trials = [trial for trial in subject.trials[tokens] if self.compiler.fits(trial)]
             bench = _Bench(subject, tokens, self.plan.place)
-            best = self._tuned(bench, trials)[0]
+            best = self._best(bench, subject.trials[tokens])
             decoded = at(dense_seconds(best.problem, self.device, cached=False), tokens)
             row["configuration"] = vars(best.configuration)
             row["modelled"] = {"ours": best.modelled, "decoded and torch": decoded}
@@ -164,13 +164,14 @@ class _Session:
             row["failed"] = {"ours": said(caught)}
         return row
 
-    def _tuned(self, bench: "_Bench", trials: list[Trial]) -> list[Trial]:
+    def _best(self, bench: "_Bench", trials: Sequence[Trial]) -> Trial:
+        """The first whose kernel fits; where there is time for tuning, the fastest."""
         if not self.plan.tune or self.tuning_left <= 0:
-            return trials
+            return next(trial for trial in trials if self.compiler.fits(trial))
         started = time.monotonic()
-        found = bench.by_time(trials, self.tuning_left)
+        best = bench.fastest([trial for trial in trials if self.compiler.fits(trial)], self.tuning_left)
         self.tuning_left -= time.monotonic() - started
-        return found
+        return best
 
 
 def _seconds(tokens: int, candidate: Candidate) -> float:
@@ -240,19 +241,19 @@ class _Bench:
             raise ValueError(f"its error is {found:.1e}")
         return found
 
-    def by_time(self, trials: Sequence[Trial], seconds: float) -> list[Trial]:
-        """The trials, the fastest first, until time is up; those that fail are left out."""
+    def fastest(self, trials: Sequence[Trial], seconds: float) -> Trial:
+        """The fastest of the trials that there is time for; those that fail are left out."""
         end = time.monotonic() + seconds
-        found: list[tuple[float, int, Trial]] = []
-        for index, trial in enumerate(trials):
+        found: dict[Trial, float] = {}
+        for trial in trials:
             if time.monotonic() > end and found:
                 break
             try:
                 replay = record(self.calls(trial, self.sets))
-                found.append((time_in_turns({"it": replay}, _TUNING_ROUNDS)["it"], index, trial))
+                found[trial] = time_in_turns({"it": replay}, _TUNING_ROUNDS)["it"]
             except Exception as caught:
-                self.failed[f"configuration {index}"] = said(caught)
-        return [trial for _, _, trial in sorted(found, key=lambda each: each[:2])]
+                self.failed[f"configuration {trial.configuration}"] = said(caught)
+        return min(found, key=lambda trial: found[trial])
 
     def times(self, trial: Trial, rounds: int) -> dict[str, float]:
         """Median seconds by contender; what fails is in `failed`."""

@@ -8,6 +8,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.results import FOLDER
+from sparc.serialize.records import finite
 
 FLOAT16 = "torch float16"
 _NOT_OURS = ("ours", "ours, atomic")
@@ -33,14 +34,14 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def save(result: Mapping[str, Any], *folders: Path) -> list[Path]:
-    """Write `gpu-<device>.json` into the results' folder and every other one.
+    """Write `gpu-<device>.json` into folders; numbers that are not finite become strings.
 
     Args:
         result: what was measured; `device` names the file.
         folders: where to; `benchmarks/results` by default.
     """
     name = re.sub(r"[^a-z0-9]+", "-", str(result["device"]).lower()).strip("-")
-    text = json.dumps(result, indent=1) + "\n"
+    text = json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
     written = []
     for folder in folders or (FOLDER,):
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,8 @@ def _own_failures(rows: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, 
 
 
 def _block(section: Mapping[str, Any]) -> list[str]:
-    lines = [f"Llama-3-8B block, one token: error {section['error']:.1e}"]
+    error = section["error"]
+    lines = ["Llama-3-8B block, one token" + (f": error {error:.1e}" if error is not None else "")]
     for name, seconds in section["seconds"].items():
         counted = section["launches"].get(name)
         count = f", {counted:g} launches" if counted is not None else ""

@@ -1,6 +1,11 @@
 """Contracts: what a pass promises about the numbers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
+
+_PLACES = 16
 
 
 @dataclass(frozen=True)
@@ -16,10 +21,17 @@ class Bounded:
     """Equal in real arithmetic; in floating point only the rounding differs.
 
     Every rewritten region is run before and after in float64 and must agree to 1e-9 relative; natively, region and
-    program must agree to `rtol`.
+    program must agree to `rtol`, which is meant for float32; in half precision a few roundings are more than that.
     """
 
     rtol: float = 1e-4
+
+    def native(self, dtypes: Iterable[torch.dtype]) -> float:
+        """The tolerance of native results where tensors of these types take part: at least 16 last places of the
+        coarsest.
+        """
+        coarse = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+        return max(self.rtol, _PLACES * coarse if coarse > torch.finfo(torch.float32).eps else 0.0)
 
     def __str__(self) -> str:
         return f"bounded({self.rtol:g})"

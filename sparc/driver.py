@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from sparc import codes
 from sparc.analysis.sites import Site
+from sparc.analysis.values import tensor_type
 from sparc.calibration import Calibration
 from sparc.contract import Approximate, Bounded, Exact
 from sparc.diag import Diagnostics, PassError, SparcError, VerifyError
@@ -146,7 +148,7 @@ class Driver:
         outputs = self._run_all(after)
         worst = max((relative_error(a, b) for a, b in _pairs(reference, outputs)), default=0.0)
         measured["end to end"] = worst
-        bound = 0.0 if isinstance(contract, Exact) else contract.rtol
+        bound = 0.0 if isinstance(contract, Exact) else contract.native(_dtypes(before))
         if not worst <= bound:
             self._blame(step, before, worst, bound, context.edits)
         if isinstance(contract, Bounded) and step.scope == "program":
@@ -177,10 +179,9 @@ class Driver:
                         rewrite,
                         f"the region differs by {check.wide:.3g} in float64, more than {WIDE_TOLERANCE:g}",
                     )
-                if isinstance(contract, Bounded) and check.native > contract.rtol:
-                    raise broken(
-                        step, rewrite, f"the region differs by {check.native:.3g}, more than {contract.rtol:g}"
-                    )
+                if isinstance(contract, Bounded) and check.native > contract.native(_dtypes(before)):
+                    bound = contract.native(_dtypes(before))
+                    raise broken(step, rewrite, f"the region differs by {check.native:.3g}, more than {bound:g}")
                 wide, native = max(wide, check.wide), max(native, check.native)
         return {"regions checked": float(len(chosen)), "region, float64": wide, "region": native} if chosen else {}
 
@@ -275,6 +276,12 @@ class Driver:
 
 def _names(program: Program, entry: str) -> set[str]:
     return {node.name for node in program.entries[entry].graph.nodes}
+
+
+def _dtypes(program: Program) -> set[torch.dtype]:
+    """The types that a program computes in."""
+    kinds = (tensor_type(node) for _, node in program.nodes())
+    return {kind.dtype for kind in kinds if kind is not None}
 
 
 def _pairs(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> list[tuple[Tensor, Tensor]]:

@@ -22,9 +22,10 @@ BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "float8e4nv": 1}
 
 SKINNY = 16  # tokens up to which a normalisation is worth computing again in every program
 _PRODUCT_SLOTS = 0.6  # instructions that reading a tile and feeding it to tensor cores take, for one weight
-_VECTOR_SLOTS = 3.0  # instructions that one weight takes where there are no tensor cores
+_VECTOR_SLOTS = 4.0  # instructions that one weight takes where there are no tensor cores
+_NORM_SLOTS = 5.0  # instructions that normalising takes for one element of a tile of tokens
 _REACHED = 0.85  # of the memory's bandwidth, by a kernel that reads weights
-_FED = {16: 0.35, 32: 0.5, 64: 0.6, 128: 0.65}  # of the tensor cores' rate, by tokens of a tile
+_FED = {8: 0.15, 16: 0.35, 32: 0.5, 64: 0.6, 128: 0.65}  # of the tensor cores' rate, by tokens of a tile
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def seconds(problem: Problem, each: Configuration, device: Device) -> sympy.Expr
     if each.split > 1:
         moved += 2 * 4 * each.split * tiles * each.block_tokens * weight.rows * anchors
     slots = cost.issue + (_VECTOR_SLOTS if each.block_tokens == 1 else _PRODUCT_SLOTS)
+    if problem.prologue.kind != "none":
+        slots += _NORM_SLOTS * (1 if each.block_tokens == 1 else each.block_tokens / each.block_rows)
     issued = weights * cost.density * slots * tiles / device.issue_rate
     worked = weights * cost.density * cost.arithmetic * tiles / device.arithmetic_rate
     wave = _stretch(programs, device)

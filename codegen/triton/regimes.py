@@ -16,7 +16,7 @@ from sparc.cost import Device
 from sparc.encoding.dense import Dense
 
 GREATEST = 1 << 16  # tokens up to which thresholds are looked for
-HEIGHTS = (1, 16, 32, 64, 128)
+HEIGHTS = (1, 8, 16, 32, 64, 128)
 _GAIN = 0.9  # another kernel is worth its code if it takes less than this of the time
 
 _TRIED = 4  # configurations of one height that are timed, where they can be

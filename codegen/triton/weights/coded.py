@@ -14,17 +14,20 @@ from sparc.codegen.triton.tiles import Buffer, Plane, Product, Tile, TileCode, W
 from sparc.encoding.base import ElementEncoding
 from sparc.encoding.groups import Group
 
-# Columns of a unit and of a plane, so that a step of 64 tokens fits into registers and shared memory.
-_GREATEST_UNIT, _GREATEST_WIDTH = 256, 64
-
 
 class CodedWeight(WeightLowering):
     """Codes in words (`sparc.codegen.triton.words`), and parameters that groups of columns share.
 
     Buffers: `codes` int32 `[rows, padded columns * bits / 32]`, of 3 bits the upper two; `ones` int16 `[rows, padded
     columns / 16]`, their lowest ones; the parameters, `[groups, rows]`.
+
+    Class attributes: `greatest_unit` and `greatest_width`, columns of a unit and of a plane, so that a step of 64
+    tokens
+    fits into registers and shared memory.
     """
 
+    greatest_unit: ClassVar[int] = 256
+    greatest_width: ClassVar[int] = 64
     forbidden: tuple[str, ...] = ("I2F",)
     maskable: ClassVar[bool] = True
 
@@ -52,7 +55,9 @@ class CodedWeight(WeightLowering):
     def unit(self) -> int:
         """Columns of a unit of words."""
         power = Groups(self.size, self.rows, self.columns).power
-        widest = min(power or _GREATEST_WIDTH, _GREATEST_WIDTH, max(_GREATEST_UNIT // self.planes, words.LEAST_WIDTH))
+        widest = min(
+            power or self.greatest_width, self.greatest_width, max(self.greatest_unit // self.planes, words.LEAST_WIDTH)
+        )
         return words.unit_of(self.stored_columns, self.digits[0], words.LEAST_WIDTH if self.narrow else widest)
 
     @property

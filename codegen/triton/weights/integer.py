@@ -6,57 +6,45 @@ from typing import cast
 import sympy
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sparc.codegen.triton import words
-from sparc.codegen.triton.groups import Groups, bits_of
 from sparc.codegen.triton.index import Indices
-from sparc.codegen.triton.tiles import Buffer, DecodeCost, Plane, Product, Tile, TileCode, WeightLowering
+from sparc.codegen.triton.tiles import DecodeCost, Plane, Product, Tile, TileCode
+from sparc.codegen.triton.weights.coded import CodedWeight
 from sparc.encoding.base import Encoding, Parts
+from sparc.encoding.groups import Group
 from sparc.encoding.int_grid import IntGrid
 
 
-class IntegerWeight(WeightLowering):
+class IntegerWeight(CodedWeight):
     """`(code - zero) * scale` or `code * scale + minimum`, from words of unsigned codes (`sparc.codegen.triton.words`).
 
-    Buffers: `codes` int32 `[rows, padded columns * bits / 32]`; `scale`, and `zero` or `minimum`, `[groups, rows]`.
+    The parameters are `scale`, and `zero` or `minimum`.
     """
 
-    forbidden = ("I2F",)
-    maskable = True
+    greatest_unit = 512
+    greatest_width = 128
 
     def __init__(self, encoding: Encoding, shape: Sequence[int], parts: Parts) -> None:
         """Args: see the class."""
         super().__init__(encoding, shape, parts)
         self.grid = cast(IntGrid, encoding)
-        self.parameters = {name: parts[name] for name in self.grid.grid_names}
+        self.parts = parts
 
     @property
-    def digits(self) -> tuple[int, ...]:
-        """The powers of two that a code's bits are stored as."""
-        return (2, 1) if self.grid.bits == 3 else (self.grid.bits,)
+    def bits(self) -> int:
+        """The grid's."""
+        return self.grid.bits
 
     @property
-    def unit(self) -> int:
-        """Columns of a unit of words."""
-        power = Groups(self.grid.group, self.rows, self.columns).power
-        return words.unit_of(self.stored_columns, self.digits[0], words.LEAST_WIDTH if self.narrow else power)
+    def size(self) -> Group:
+        """The grid's."""
+        return self.grid.group
 
     @property
-    def planes(self) -> int:
-        """Codes in half a word."""
-        return 16 // self.digits[0]
-
-    @property
-    def greatest(self) -> int:
-        """As many columns as let one scale serve a plane."""
-        power = self.groups.power
-        return super().greatest if self.groups.constant or power is None else max(self.unit, power)
-
-    @property
-    def groups(self) -> Groups:
-        """How scales are shared."""
-        return Groups(self.grid.group, self.rows, self.padded_columns)
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Scale, and zero point or minimum."""
+        return {name: self.parts[name] for name in self.grid.grid_names}
 
     def accepts(self, product: Product) -> str | None:
         """Every floating product; 8-bit ones where the codes fit after the zero point is taken off."""
@@ -70,37 +58,18 @@ class IntegerWeight(WeightLowering):
             return f"groups of {self.grid.group} do not fill a product of {words.LEAST_WIDTH} columns"
         return None
 
-    # layout ---------------------------------------------------------------------------------------------------------
-    @property
-    def buffers(self) -> tuple[Buffer, ...]:
-        """Words, then the parameters."""
-        kinds = {2: "i32", 1: "i16"} if len(self.digits) == 2 else {self.digits[0]: "i32"}
-        names = ("codes", "ones")
-        found = [Buffer(name, kinds[digit]) for name, digit in zip(names, self.digits, strict=False)]
-        return (*found, *(self.groups.buffer(name, tensor.dtype) for name, tensor in self.parameters.items()))
-
-    def layout(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Unsigned codes in words; a padded column has code 0 and scale 0."""
-        codes = self.grid.unpack(parts["codes"], self.stored_columns).to(torch.int16) - self.grid.low
-        codes = pad(codes.to(torch.uint8), (0, self.stride - self.stored_columns))
-        found = {"codes": words.pack(codes >> (self.grid.bits - self.digits[0]), self.digits[0], self.unit)}
-        if len(self.digits) == 2:
-            found["ones"] = words.pack_ones(codes & 1, self.unit)
-        return found | {name: self.groups.layout(parts[name]) for name in self.parameters}
+    def unpacked(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The codes, from 0."""
+        return self.grid.unpack(parts["codes"], self.stored_columns).to(torch.int16) - self.grid.low
 
     # code -----------------------------------------------------------------------------------------------------------
     def decode(self, tile: Tile) -> TileCode:
         """Two codes at a time, with the scale of the group where one serves the plane."""
-        base = self.digits[0]
-        setup = words.load_words(tile, "codes", self.stride, base)
-        if len(self.digits) == 2:
-            setup += words.load_ones(tile, "ones", self.stride)
-        planes = tuple(self._plane(tile, plane) for plane in range(16 // base))
+        setup = tuple(self.load(tile))
+        planes = tuple(self._plane(tile, plane) for plane in range(self.planes))
         if self.groups.constant and self._after(tile):
-            return TileCode(
-                planes, setup=tuple(setup), scale=f"tl.load(scale{tile.suffix} + {tile.rows}).to(tl.float32)"
-            )
-        return TileCode(planes, setup=tuple(setup))
+            return TileCode(planes, setup=setup, scale=f"tl.load(scale{tile.suffix} + {tile.rows}).to(tl.float32)")
+        return TileCode(planes, setup=setup)
 
     def _after(self, tile: Tile) -> bool:
         """Whether the scale may multiply the product: nothing is added to it."""
@@ -119,15 +88,10 @@ class IntegerWeight(WeightLowering):
             offset = f"{name}_zero"
         elif not self.grid.symmetric:
             offset = "0"
-        lines += words.to_numbers(self._pairs(tile, plane), offset, tile, self.grid.bits, name, width)
+        lines += words.to_numbers(self.pairs(tile, plane), offset, tile, self.grid.bits, name, width)
         scale, more = self._scaled(tile, name, expression, indices)
         text = columns.replace("position", position)
         return Plane(tuple(line.replace("position", position) for line in [*lines, *more]), name, text, width, scale)
-
-    def _pairs(self, tile: Tile, plane: int) -> str:
-        base, end = self.digits[0], tile.suffix
-        pairs = words.shifted(f"codes_words{end}", plane * base, 2**base - 1)
-        return pairs if len(self.digits) == 1 else f"(({pairs} << 1) | {words.shifted(f'ones_words{end}', plane, 1)})"
 
     def _scaled(self, tile: Tile, name: str, columns: sympy.Expr, indices: Indices) -> tuple[str, list[str]]:
         """The scale that multiplies the product, or the lines that multiply the tile."""
@@ -148,8 +112,11 @@ class IntegerWeight(WeightLowering):
         return "", [*lines, f"{name} = ({wide}).to(tl.{tile.product})"]
 
     def cost(self, product: Product) -> DecodeCost:
-        """A shift, a mask and a subtraction for two codes; more where the numbers must be widened."""
+        """A shift, a mask and a subtraction for two codes, more where the numbers must be widened; and the loads of
+        what
+        groups share, once for each plane and row.
+        """
         cheap = product == "float16" or (product == "bfloat16" and self.grid.bits <= 4)
-        stored = self.grid.bits * self.padded_columns / self.columns
-        bits = stored + bits_of(self.groups, self.parameters, self.columns)
-        return DecodeCost(bits, 3.0 if cheap else 6.0, 1.2 if cheap else 4.0)
+        width = self.unit * self.digits[0] / 16
+        shared = 0.0 if self.groups.constant else len(self.parameters) / width
+        return DecodeCost(self.bits_read, (2.4 if cheap else 6.0) + 40 * shared, (1.2 if cheap else 4.0) + 25 * shared)
