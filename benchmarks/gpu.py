@@ -25,7 +25,7 @@ from sparc.cost import device_of
 SECTIONS = ("numerics", "linears", "block", "onnx")
 _QUICK = ("numerics", "linears", "onnx")
 _LIMIT, _QUICK_LIMIT = 500, 100  # seconds
-_BLOCK_SECONDS = 130  # that are kept for the block, which torch.compile takes long for
+_BLOCK_SECONDS = 160  # that are kept for the block, which tuning and torch.compile take long for
 NO_GPU = 2  # the exit status where there is nothing to measure on
 _INTERPRETED = ("int4 g128", "int8")
 _MODEL = 90  # the capability whose configurations are interpreted

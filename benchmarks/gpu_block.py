@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 import sparc
-from benchmarks.gpu_launch import Replay, record, said, time_in_turns
+from benchmarks.gpu_launch import said
 from sparc.codegen.triton.emission import TritonEmission, module_of
+from sparc.codegen.triton.timing import Replay, record, time_in_turns
 
 _REPEATS = 4  # calls in one graph, on two sets of weights in turn, so that caches are cold
 
@@ -106,9 +107,14 @@ def make_block(sizes: Sizes) -> Block:
 
 
 def compile_block(folder: Path, sizes: Sizes, target: str) -> None:
-    """Compile the block with `w4`, without what costs time and is not measured here, and save it."""
-    inputs = make_inputs(sizes)
-    made = sparc.compile(make_block(sizes), inputs, recipe="w4", target=target, verify="types", measure=False)
+    """Compile the block with `w4`, without what costs time and is not measured here, and save it.
+
+    Nothing is tuned: that is done where the artifact is loaded, when nobody else times on the GPU.
+    """
+    made = sparc.compile(
+        make_block(sizes), make_inputs(sizes), recipe="w4", target=target,
+        verify="types", measure=False, options={"tune": False},
+    )  # fmt: skip
     made.save(folder)
 
 

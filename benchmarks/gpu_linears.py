@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.gpu_cases import CASES, Case, EncodedMatrix, can_pair, encode, exact, make_problem
-from benchmarks.gpu_launch import Compiler, Replay, Trial, copies_of, record, said, time_in_turns
+from benchmarks.gpu_launch import Compiler, Trial, said
 from benchmarks.gpu_numerics import TOLERANCE, relative
 from benchmarks.gpu_peers import PEERS
 from sparc.codegen.triton.prior import Candidate, at, candidates, dense_seconds
 from sparc.codegen.triton.regimes import HEIGHTS
+from sparc.codegen.triton.timing import Replay, copies_of, record, time_in_turns
 from sparc.cost import Cost, Device
 
 TOKENS = (1, 16, 64, 4096)

@@ -71,7 +71,7 @@ def compile(
         model: a module in float32, or an exported program.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
         recipe: a registered name (`w8`, `w4`, `w8a8`, ...), a TOML file, a Recipe, or passes in order.
-        target: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`, `reference`.
+        target: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`, `cuda`, `cuda:sm_90`, `reference`.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`.
         data: inputs for calibration and measuring, or a function that returns them; every fourth one is held out
             from calibration.

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks import gpu, gpu_block, gpu_linears, gpu_numerics, gpu_table
 from benchmarks.gpu_cases import CASES, EncodedMatrix, encode, exact
-from benchmarks.gpu_launch import Replay
+from sparc.codegen.triton.timing import Replay
 from sparc.cost import device_of
 
 H100 = device_of(90, "NVIDIA H100 80GB HBM3")

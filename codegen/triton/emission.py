@@ -71,9 +71,8 @@ class TritonEmission:
         return {f"{each.name}.py": _headed(each, users.get(each.name, [])) for each in self.every_kernel()}
 
     def kernel_rows(self) -> list[dict[str, Any]]:
-        """What every kernel takes on the chip, by its machine code, as plain values: see `cubin.KernelReport`.
-        `serves` are
-        its sites, `seconds` what it took where it was timed, else None.
+        """What every kernel takes on the chip, by its machine code, as plain values: see `cubin.KernelReport`. `serves`
+        are its sites, `seconds` what it took where it was timed, else None.
 
         Raises:
             LoweringError: SPARC409 when one does not compile.

@@ -164,7 +164,7 @@ class WeightLowering(ABC):
 
     def __init__(self, encoding: Encoding, shape: Sequence[int], parts: Parts) -> None:
         """Args: see the class."""
-        self.encoding = encoding
+        self.encoding, self.parts = encoding, parts
         self.rows, self.columns = int(shape[-2]), int(shape[-1])
         self.stored_columns = self.columns
         self.narrow = False

@@ -15,6 +15,7 @@ from sparc.artifact import Artifact
 from sparc.capture import capture
 from sparc.codegen.onnx.emission import OnnxEmission
 from sparc.codegen.onnx.target import OnnxTarget
+from sparc.diag import SparcError
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.parse import parse_spec
 from sparc.program import Program
@@ -174,3 +175,23 @@ def test_a_lowering_of_the_wrong_shape_is_no_valid_model() -> None:
     emission = emit(program, {("onnx", "aten.linear"): flat})
     with pytest.raises(sparc.SparcError):
         emission.check(program, {"forward": [X]}, {})
+
+
+def test_the_plugins_kernels_compute_its_encoding() -> None:
+    artifact = compiled("PowersOfTwo(levels=5)", target="cuda:sm_90", options={"verify_kernels": False})
+    assert artifact.emission.kernels["fc.weight"].operator.startswith("product")
+    assert any("tl.exp2" in text for name, text in artifact.sources.items() if name.startswith("product"))
+    (expected,), (found,) = artifact.program.run_flat([X]), artifact.run_flat([X])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_broken_triton_lowering_is_named() -> None:
+    def broken(*given: Any) -> Any:
+        raise ValueError("no idea")
+
+    target = registry().target("cuda:sm_90")
+    context = EmitContext(lowerings={("cuda", "PowersOfTwo"): broken})
+    with pytest.raises(SparcError) as error:
+        target.emit(encoded("PowersOfTwo(levels=5)"), context)
+    assert error.value.code == "SPARC408"
+    assert "no idea" in str(error.value)

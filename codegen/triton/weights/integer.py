@@ -29,7 +29,6 @@ class IntegerWeight(CodedWeight):
         """Args: see the class."""
         super().__init__(encoding, shape, parts)
         self.grid = cast(IntGrid, encoding)
-        self.parts = parts
 
     @property
     def bits(self) -> int:
