@@ -1,5 +1,6 @@
 """Whether a kernel may be used: it compiles for the chip, does not spill, and fits."""
 
+from collections.abc import Container
 from functools import lru_cache
 
 from sparc.codegen.triton.cubin import report
@@ -14,10 +15,18 @@ def acceptance(capability: int) -> Accept:
     """A judge of configurations for a chip."""
 
     def accept(problem: Problem, configuration: Configuration) -> bool:
-        own = bare(problem) if configuration.block_tokens > SKINNY else problem
-        return fits(generate(own, configuration), capability)
+        return fits(_kernel(problem, configuration), capability)
 
     return accept
+
+
+def named(files: Container[str]) -> Accept:
+    """A judge that knows the kernels of a saved artifact by the names of their sources."""
+    return lambda problem, configuration: f"{_kernel(problem, configuration).name}.py" in files
+
+
+def _kernel(problem: Problem, configuration: Configuration) -> Kernel:
+    return generate(bare(problem) if configuration.block_tokens > SKINNY else problem, configuration)
 
 
 @lru_cache(maxsize=4096)

@@ -9,7 +9,7 @@ from sparc import codes
 from sparc.codegen.triton.launch import Scratch, grid, make_scratch
 from sparc.codegen.triton.operator import SiteOperator, SiteTensors
 from sparc.codegen.triton.operators import launch
-from sparc.codegen.triton.sites import buffers
+from sparc.codegen.triton.sites import buffers, tokens_of
 from sparc.diag import Diagnostics, LoweringError
 from sparc.parity import FLOAT32_TOLERANCE, HALF_TOLERANCE
 from sparc.program import location
@@ -55,14 +55,16 @@ def _kind(operator: SiteOperator) -> str:
     problem = operator.site.problem
     shape = [each.configuration.block_tokens if each.configuration else 0 for each in operator.regimes]
     weight = problem.weights[0].key()
-    parts = (weight, problem.dtype, problem.prologue, problem.epilogue, problem.access, shape, operator.site.parallel)
+    access = (problem.access.kind, problem.access.window.kernel if problem.access.window else ())
+    parts = (weight, problem.dtype, problem.prologue, problem.epilogue, access, shape, operator.site.parallel)
     return " ".join(map(str, parts))
 
 
 def _programs(operator: SiteOperator) -> int:
     problem = operator.site.problem
     chosen = [each.configuration for each in operator.regimes if each.configuration is not None]
-    launched = [grid(problem, each, 1) for each in chosen]
+    size = tokens_of(operator.site)
+    launched = [grid(problem, each, size if isinstance(size, int) else problem.access.positions) for each in chosen]
     return max((x * y * z for x, y, z in launched), default=0)
 
 

@@ -137,7 +137,9 @@ def compile_kernel(kernel: Kernel, capability: int) -> Compiled:
     """
     if capability not in MULTIPROCESSORS:
         raise failure(kernel.name, f"sm_{capability} is none of {', '.join(f'sm_{each}' for each in MULTIPROCESSORS)}")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(kernel.arguments) if argument.aligned}
+    # A number that 16 does not divide is named with no property, as a launch does: so both find one cache entry.
+    known = {i: each for i, each in enumerate(kernel.arguments) if each.aligned or each.type == "i32"}
+    aligned = {(i,): [["tt.divisibility", 16]] if each.aligned else [] for i, each in known.items()}
     # Triton 3.9 changes the default for fusing products and sums and warns about it.
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
     function = load_function(kernel)

@@ -14,6 +14,7 @@ from sparc.codegen.triton.cubin import report, violations
 from sparc.codegen.triton.kernel import Kernel
 from sparc.codegen.triton.lower import Lowered
 from sparc.codegen.triton.operator import SiteOperator
+from sparc.codegen.triton.regimes import Regime
 from sparc.codegen.triton.replay import GraphReplay
 from sparc.cost import Device
 from sparc.diag import ArtifactError, Diagnostics
@@ -192,13 +193,17 @@ def _flat(module: nn.Module) -> Runner:
     return run
 
 
+def _is_single(regime: Regime) -> bool:
+    return regime.configuration is not None and regime.configuration.block_tokens == 1
+
+
 def _described(names: Sequence[str], operator: SiteOperator) -> list[tuple[Kernel, str]]:
     """Each kernel of an operator, and what it serves."""
     low, found = 1, []
     site = ", ".join(names)
     for regime, kernel in zip(operator.regimes, operator.kernels, strict=True):
         served = f"{low} to {regime.limit} tokens" if regime.limit is not None else f"{low} tokens and more"
-        served = "1 token" if regime.limit == low == 1 else served
+        served = "1 token" if low == 1 and (regime.limit == 1 or _is_single(regime)) else served
         if kernel is not None:
             found.append((kernel, f"{site}: {served}"))
         low = (regime.limit or 0) + 1

@@ -86,7 +86,7 @@ def _depths(problem: Problem, tokens: int) -> list[int]:
         if weight.padded_columns % depth == 0:
             found.append(depth)
         depth *= 2
-    return found[-2:] or [weight.unit]
+    return found[-3:] or [weight.unit]
 
 
 def _split(problem: Problem, each: Configuration, device: Device) -> Configuration:
@@ -110,7 +110,7 @@ def shared_bytes(problem: Problem, each: Configuration) -> int:
     of_tokens = each.block_tokens * each.block_columns * BYTES[problem.product]
     if each.block_tokens == 1:
         return int(of_tokens)
-    whole = (of_weights + of_tokens) * max(each.num_stages - 1, 1)
+    whole = (of_weights + of_tokens) * each.num_stages
     return int(whole + each.block_rows * each.block_tokens * 4)
 
 
@@ -128,7 +128,7 @@ def seconds(problem: Problem, each: Configuration, device: Device) -> sympy.Expr
         moved += 2 * 4 * each.split * tiles * each.block_tokens * weight.rows * anchors
     slots = cost.issue + (_VECTOR_SLOTS if each.block_tokens == 1 else _PRODUCT_SLOTS)
     if problem.prologue.kind != "none":
-        slots += _NORM_SLOTS * (1 if each.block_tokens == 1 else each.block_tokens / each.block_rows)
+        slots += _NORM_SLOTS * (2 if each.block_tokens == 1 else each.block_tokens / each.block_rows)
     issued = weights * cost.density * slots * tiles / device.issue_rate
     worked = weights * cost.density * cost.arithmetic * tiles / device.arithmetic_rate
     wave = _stretch(programs, device)

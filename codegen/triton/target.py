@@ -72,11 +72,16 @@ class TritonTarget:
         """
         self.check_options(context.options)
         from sparc.codegen.triton.accept import acceptance
+
+        device = find_device(self.capability)
+        verified = context.options.get("verify_kernels", True)
+        return self._emit(program, context, acceptance(device.capability) if verified else None)
+
+    def _emit(self, program: Program, context: EmitContext, accept: Any) -> Emission:
         from sparc.codegen.triton.emission import TritonEmission
         from sparc.codegen.triton.lower import lower
 
         device = find_device(self.capability)
-        accept = acceptance(device.capability) if context.options.get("verify_kernels", True) else None
         extensions = {key[1]: _guarded(made, key[1]) for key, made in context.lowerings.items() if key[0] == "cuda"}
         tuner = self._tuner(device, context)
         own = program.clone()
@@ -84,9 +89,11 @@ class TritonTarget:
             name: lower(own, entry, device, extensions, context.diagnostics, accept, tuner)
             for name, entry in own.entries.items()
         }
+        emission = TritonEmission(self.name, device, own, lowered, context.diagnostics)
         if tuner is not None:
             tuner.cache.write()
-        return TritonEmission(self.name, device, own, lowered, context.diagnostics)
+            emission.timings.update(tuner.timings)
+        return emission
 
     def _tuner(self, device: Device, context: EmitContext) -> Any:
         """What times candidates; None where there is no such GPU, or it is not wanted."""
@@ -98,8 +105,11 @@ class TritonTarget:
         return Tuner(TuningCache(folder, torch.cuda.get_device_name()), context.diagnostics)
 
     def load(self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor]) -> Emission:
-        """The emission of a saved artifact: kernels are generated anew; no code is read from files."""
-        return self.emit(program, EmitContext(options={"verify_kernels": False}))
+        """The emission of a saved artifact: the kernels that its files name are generated anew; no code is read."""
+        require_triton()
+        from sparc.codegen.triton.accept import named
+
+        return self._emit(program, EmitContext(options={"tune": False}), named(files))
 
 
 def _guarded(made: Callable[..., Any], name: str) -> Callable[..., Any]:

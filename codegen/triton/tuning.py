@@ -76,6 +76,7 @@ class Tuner:
 
     Attributes:
         cache: what was timed before.
+        timings: seconds of every kernel that was asked for, by its digest.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Tuner:
     ) -> None:
         """Args: the cache; where remarks go; what times functions that do the same; where tensors are."""
         self.cache = cache
+        self.timings: dict[str, float] = {}
         self._diagnostics, self._timer, self._device = diagnostics, timer or _graph_seconds, device
 
     def seconds(self, site: Site, configuration: Configuration | None, tokens: int) -> float:
@@ -95,6 +97,7 @@ class Tuner:
         if known is None:
             known = self._measure(operator, tokens)
             self.cache.put(key, known)
+        self.timings.update({kernel.digest: known for kernel in operator.kernels if kernel is not None})
         return known
 
     def _measure(self, operator: SiteOperator, tokens: int) -> float:

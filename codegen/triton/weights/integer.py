@@ -22,9 +22,6 @@ class IntegerWeight(CodedWeight):
     The parameters are `scale`, and `zero` or `minimum`.
     """
 
-    greatest_unit = 512
-    greatest_width = 128
-
     def __init__(self, encoding: Encoding, shape: Sequence[int], parts: Parts) -> None:
         """Args: see the class."""
         super().__init__(encoding, shape, parts)
@@ -42,8 +39,9 @@ class IntegerWeight(CodedWeight):
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        """Scale, and zero point or minimum."""
-        return {name: self.parts[name] for name in self.grid.grid_names}
+        """Scale, and zero point or minimum; zero points as numbers in half precision, which need no conversion."""
+        named = {name: self.parts[name] for name in self.grid.grid_names}
+        return named | ({"zero": named["zero"].to(torch.float16)} if "zero" in named else {})
 
     def accepts(self, product: Product) -> str | None:
         """Every floating product; 8-bit ones where the codes fit after the zero point is taken off."""
@@ -118,4 +116,6 @@ class IntegerWeight(CodedWeight):
         cheap = product == "float16" or (product == "bfloat16" and self.grid.bits <= 4)
         width = self.unit * self.digits[0] / 16
         shared = 0.0 if self.groups.constant else len(self.parameters) / width
-        return DecodeCost(self.bits_read, (2.4 if cheap else 6.0) + 40 * shared, (1.2 if cheap else 4.0) + 25 * shared)
+        more = 1.5 if self.bits == 3 else 0.0  # two loads and their sum
+        issue, arithmetic = (2.4, 1.3) if cheap else (6.0, 4.0)
+        return DecodeCost(self.bits_read, issue + more + 40 * shared, arithmetic + more + 25 * shared)
