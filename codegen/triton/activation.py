@@ -63,6 +63,9 @@ def _transform(problem: Problem, single: bool, padded: bool) -> list[str]:
     prologue = problem.prologue
     guard = f", mask=column < {problem.columns}, other=0.0" if padded else ""
     lines = _normalise(problem, single, "value", "column", guard, "[:, None]" if not single else "", "[None, :]")
+    if padded and prologue.kind == "layer_norm" and not prologue.gain:
+        column = "column" if single else "column[:, None]"  # the mean was taken off what is not there, too
+        lines.append(f"value = tl.where({column} < {problem.columns}, value, 0.0).to(tl.{problem.dtype})")
     if prologue.quantized == "int8":
         scale = "token_scale" if single else "token_scale[None, :]"
         return [

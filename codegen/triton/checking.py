@@ -73,7 +73,8 @@ def _check(operator: SiteOperator, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     laid = [tensor.to(device) for tensor in buffers(site)]
     for regime in range(len(operator.regimes)):
-        x = random_value(site.x, generator, _tokens(operator, regime)).to(device)
+        wanted = -(-_tokens(operator, regime) // site.problem.access.positions)
+        x = random_value(site.x, generator, wanted).to(device)
         count = operator.tokens(x)
         if count > 1 and _is_single(operator, regime):
             continue

@@ -23,6 +23,8 @@ from sparc.program import Program
 from sparc.progress import track
 from sparc.target import KernelUse, Runner, Span, StoredTensor
 
+_VARIANTS = 64  # of a graph that torch.compile may make: one for each combination of the sites' kernels
+
 
 class TritonEmission:
     """A program whose products are generated kernels.
@@ -88,8 +90,8 @@ class TritonEmission:
         """The sites that every kernel serves, by its name."""
         users: dict[str, list[str]] = {}
         for each in self.lowered.values():
-            for names, operator in each.operators.items():
-                for kernel, said in _described(names, operator):
+            for operator in each.operators.values():
+                for kernel, said in _described(operator.site.names, operator):
                     users.setdefault(kernel.name, []).append(said)
         return users
 
@@ -101,11 +103,11 @@ class TritonEmission:
         sites = [
             {
                 "entry": entry,
-                "weights": list(names),
+                "weights": list(operator.site.names),
                 "regimes": [_regime_row(operator, i) for i in range(len(operator.regimes))],
             }
             for entry, each in self.lowered.items()
-            for names, operator in each.operators.items()
+            for operator in each.operators.values()
         ]
         described = {"chip": self.device.name, "capability": self.device.capability, "sites": sites}
         found["kernels.json"] = (json.dumps(described, indent=1, sort_keys=True) + "\n").encode()
@@ -144,7 +146,8 @@ class TritonEmission:
                     raise ArtifactError(
                         codes.CALL_MISMATCH, f"input {given!r} is on {tensor.device}", hint=f"move it to {device}"
                     )
-            with torch.no_grad():
+            patched = torch._dynamo.config.patch(recompile_limit=_VARIANTS)
+            with torch.no_grad(), torch.cuda.device(device), patched:
                 return list(run(*tensors))
 
         return checked
@@ -182,6 +185,11 @@ def module_of(lowered: Lowered, device: str) -> nn.Module:
         copies[node] = graph.node_copy(node, lambda used: copies[used])
         if node.op == "get_attr":
             copies[node].target = names[str(node.target)]
+        else:  # programs are captured on the CPU, and say so where they make tensors
+            copies[node].args, copies[node].kwargs = fx.node.map_aggregate(
+                (copies[node].args, copies[node].kwargs),
+                lambda each: torch.device(device) if isinstance(each, torch.device) else each,
+            )  # type: ignore[assignment, misc]
     return fx.GraphModule(root, graph)
 
 

@@ -38,7 +38,8 @@ def generate(problem: Problem, configuration: Configuration) -> Kernel:
     """
     parts = _Parts(problem, configuration)
     source = template("product.py.jinja").render(parts.context())
-    name = f"product_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    launched = f"{source}{configuration.num_warps} {configuration.num_stages}"
+    name = f"product_{hashlib.sha256(launched.encode()).hexdigest()[:12]}"
     weight = problem.weights[0]
     return Kernel(
         name,

@@ -38,13 +38,13 @@ class Lowered:
     Args:
         graph: its graph; `get_attr` nodes name `tensors`.
         tensors: weights, buffers and scratch memory, by name.
-        operators: of every site, by the original weights' names.
+        operators: of every site, by the name of the node it stands for.
         uses: what carries every compressed weight, by its original name.
     """
 
     graph: fx.Graph
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    operators: dict[tuple[str, ...], SiteOperator] = field(default_factory=dict)
+    operators: dict[str, SiteOperator] = field(default_factory=dict)
     uses: dict[str, KernelUse] = field(default_factory=dict)
 
 
@@ -95,7 +95,8 @@ class _Lowering:
     ) -> list[Regime]:
         key = (site.problem.key, low, high)
         if key not in self.chosen:
-            measure = partial(tuner.seconds, site) if tuner is not None else None
+            rows = site.problem.access.kind == "rows"  # images come whole: no number of tokens can be asked for
+            measure = partial(tuner.seconds, site) if tuner is not None and rows else None
             self.chosen[key] = regimes(site.problem, self.device, low, high, accept, measure)
         return self.chosen[key]
 
@@ -115,7 +116,7 @@ class _Lowering:
                 self._slice(site.anchors, call)
             else:
                 self._stands_for(site.result, call)
-        self.made.operators[site.names] = operator
+        self.made.operators[place.name] = operator
         self._account(operator, laid)
 
     def _slice(self, anchors: Sequence[fx.Node], call: fx.Node) -> None:
@@ -135,7 +136,7 @@ class _Lowering:
         if isinstance(given, fx.Node):
             return self.now.get(given, given)
         stacked = torch.cat([self.program.weights[str(each.target)] for each in given])
-        return self._tensor(f"{name}.operand_{index}", stacked)
+        return self._tensor(f"{name}.{given[0].name}.{index}", stacked)
 
     def _account(self, operator: SiteOperator, laid: Sequence[Tensor]) -> None:
         """What the report says of each of the site's weights."""

@@ -90,6 +90,9 @@ def _epsilon(node: fx.Node) -> float:
     value = node.args[position] if len(node.args) > position else node.kwargs.get("eps")
     if isinstance(value, (int, float)):
         return float(value)
+    if _is_layer(node):
+        return 1e-5
     kind = tensor_type(node)
     assert kind is not None
-    return 1e-5 if _is_layer(node) else float(torch.finfo(kind.dtype).eps)
+    wide = torch.float32 if kind.dtype in (torch.float16, torch.bfloat16) else kind.dtype  # as torch computes it
+    return float(torch.finfo(wide).eps)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from sparc import codes
+from sparc.artifact import sparc_version
 from sparc.codegen.triton.decoding import decoding_grid, generate_decoding
 from sparc.codegen.triton.generate import generate
 from sparc.codegen.triton.kernel import Kernel
@@ -23,6 +24,7 @@ from sparc.codegen.triton.problem import Configuration, Problem
 from sparc.codegen.triton.regimes import Regime
 from sparc.codegen.triton.sites import Site, tokens_of
 from sparc.diag import LoweringError
+from sparc.encoding.dense import Dense
 from sparc.execute import execute
 from sparc.region import region
 
@@ -81,7 +83,7 @@ class SiteOperator:
     @property
     def digest(self) -> str:
         """What the operator computes, and how, as sixteen hexadecimal digits: equal operators share one definition."""
-        texts = [kernel.digest if kernel else "torch" for kernel in (*self.kernels, *self.decoders)]
+        texts = [sparc_version(), *(kernel.digest if kernel else "torch" for kernel in (*self.kernels, *self.decoders))]
         texts += [str(regime.limit) for regime in self.regimes]
         texts += structure(self._whole)
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
@@ -134,16 +136,16 @@ class SiteOperator:
         tokens = self.tokens(x)
         if tokens == 0:
             return self.output(x)
-        if tokens * max(self.site.problem.rows, self.site.problem.columns) >= _LIMIT:
+        index = self.regime(tokens) if regime is None else regime
+        configuration, kernel = self.regimes[index].configuration, self.kernels[index]
+        if configuration is None or kernel is None:
+            return self._by_torch(x, tensors, launch)
+        if max(x.numel(), tokens * self.site.problem.rows) >= _LIMIT:
             raise LoweringError(
                 codes.SHAPE_TOO_LARGE,
                 f"{tokens} tokens of {self.site.names[0]} are more than 32-bit indices reach",
                 hint="call it with fewer tokens at a time",
             )
-        index = self.regime(tokens) if regime is None else regime
-        configuration, kernel = self.regimes[index].configuration, self.kernels[index]
-        if configuration is None or kernel is None:
-            return self._by_torch(x, tensors, launch)
         operands = list(tensors.operands)
         problem = self.problem(configuration)
         if problem is not self.site.problem:
@@ -173,6 +175,9 @@ class SiteOperator:
         for weight, kernel in zip(problem.weights, self.decoders, strict=True):
             own = list(tensors.buffers[start : start + len(weight.buffers)])
             start += len(weight.buffers)
+            if isinstance(weight.encoding, Dense) and weight.padded_columns == weight.columns:
+                found.append(own[0])
+                continue
             dense = torch.zeros(weight.rows, weight.columns, dtype=getattr(torch, problem.dtype), device=own[0].device)
             launch(kernel, decoding_grid(weight), [*own, dense])
             found.append(dense)

@@ -1,5 +1,6 @@
 """Pointwise operators as Triton expressions, in float32; every value is a name or a number."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +31,9 @@ def _gelu(a: str, approximate: str = "none") -> str:
 
 
 def _clamp(a: str, low: str = "None", high: str = "None") -> str:
-    lower = a if low == "None" else f"tl.maximum({a}, {low})"
-    return lower if high == "None" else f"tl.minimum({lower}, {high})"
+    """Comparisons, which let NaN pass as torch does."""
+    upper = a if high == "None" else f"tl.where({a} > {high}, {high}, {a})"
+    return upper if low == "None" else f"tl.where({a} < {low}, {low}, {upper})"
 
 
 def _power(a: str, exponent: str) -> str | None:
@@ -66,8 +68,8 @@ FORMS: dict[Any, Callable[..., str | None]] = {
     aten.exp.default: lambda a: f"tl.exp({a})",
     aten.erf.default: lambda a: f"tl.erf({a})",
     aten.pow.Tensor_Scalar: _power,
-    aten.relu.default: lambda a: f"tl.maximum({a}, 0.0)",
-    aten.relu6.default: lambda a: f"tl.minimum(tl.maximum({a}, 0.0), 6.0)",
+    aten.relu.default: lambda a: _clamp(a, "0.0"),
+    aten.relu6.default: lambda a: _clamp(a, "0.0", "6.0"),
     aten.leaky_relu.default: lambda a, slope="0.01": f"tl.where({a} > 0, {a}, {slope} * {a})",
     aten.elu.default: lambda a, alpha="1.0": f"tl.where({a} > 0, {a}, {alpha} * (tl.exp({a}) - 1.0))",
     aten.softplus.default: lambda a: f"tl.where({a} > 20.0, {a}, tl.log(1.0 + tl.exp({a})))",
@@ -80,8 +82,8 @@ FORMS: dict[Any, Callable[..., str | None]] = {
     aten.hardsigmoid.default: lambda a: f"tl.minimum(tl.maximum({a} + 3.0, 0.0), 6.0) / 6.0",
     aten.hardtanh.default: lambda a, low="-1.0", high="1.0": _clamp(a, low, high),
     aten.clamp.default: _clamp,
-    aten.maximum.default: lambda a, b: f"tl.maximum({a}, {b})",
-    aten.minimum.default: lambda a, b: f"tl.minimum({a}, {b})",
+    aten.maximum.default: lambda a, b: f"tl.maximum({a}, {b}, propagate_nan=tl.PropagateNan.ALL)",
+    aten.minimum.default: lambda a, b: f"tl.minimum({a}, {b}, propagate_nan=tl.PropagateNan.ALL)",
     aten.to.dtype: _same,
     aten._to_copy.default: lambda a, **_: a,
     aten.clone.default: lambda a, **_: a,
@@ -98,6 +100,8 @@ def is_pointwise(node: fx.Node) -> bool:
     arguments = [*node.args, *(value for key, value in node.kwargs.items() if key not in ("dtype", "memory_format"))]
     plain = (fx.Node, int, float, str, bool, torch.dtype, type(None))
     if not all(isinstance(each, plain) for each in arguments):
+        return False
+    if any(isinstance(each, float) and not math.isfinite(each) for each in arguments):
         return False
     return expression(node, {}) is not None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import sympy
 
+from sparc.codegen.triton.generate import is_grouped
 from sparc.codegen.triton.prior import Candidate, at, candidates, dense_seconds
 from sparc.codegen.triton.problem import Configuration, Problem
 from sparc.cost import Device
@@ -21,6 +22,9 @@ _GAIN = 0.9  # another kernel is worth its code if it takes less than this of th
 
 _TRIED = 4  # configurations of one height that are timed, where they can be
 _MANY = 1024  # tokens at which torch's product is timed
+
+_WORKSPACE = 1 << 26  # elements of float32
+_GRID = 65535  # programs along an axis that is not the first
 
 Accept = Callable[[Problem, Configuration], bool]
 Measure = Callable[[Configuration | None, int], float]
@@ -66,7 +70,7 @@ def regimes(
         chosen = [each.configuration for each in found if each.configuration is not None]
         bad = {each for each in chosen if accept is not None and not accept(problem, each)}
         if not bad:
-            return found
+            return _bounded(found, problem, device, min(high or 1 << 62, 1 << 62))
         refused |= bad
 
 
@@ -93,6 +97,30 @@ def _ranges(
             return [*found, Regime(None, configuration, times[current])]
         found.append(Regime(crossing[0] - 1, configuration, times[current]))
         start, current = crossing
+
+
+def _bounded(found: list[Regime], problem: Problem, device: Device, high: int) -> list[Regime]:
+    """Ranges in which workspaces and grids stay within bounds; beyond them, torch multiplies."""
+    dense = dense_seconds(problem, device, cached=isinstance(problem.weights[0].encoding, Dense))
+    bounded: list[Regime] = []
+    for each in found:
+        most = _most_tokens(problem, each.configuration)
+        last = each.limit if each.limit is not None else high
+        if each.configuration is None or last <= most:
+            bounded.append(each)
+            continue
+        bounded += [Regime(most, each.configuration, each.seconds), Regime(each.limit, None, dense)]
+    return bounded
+
+
+def _most_tokens(problem: Problem, configuration: Configuration | None) -> int:
+    """The tokens that a configuration can serve: the workspace of split sums has a size, and the grid's third axis."""
+    if configuration is None:
+        return 1 << 62
+    if configuration.split > 1:
+        tile = problem.rows * configuration.split * len(problem.weights)
+        return max(_WORKSPACE // tile, configuration.block_tokens)
+    return 1 << 62 if is_grouped(configuration) else _GRID * configuration.block_tokens
 
 
 def _fastest(fitting: list[Candidate], tokens: int, measure: Measure | None) -> list[Candidate]:

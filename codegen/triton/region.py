@@ -2,7 +2,7 @@
 it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Tail:
     operands: tuple[fx.Node, ...]
 
 
-def find_tail(anchors: Sequence[fx.Node], order: Sequence[fx.Node]) -> Tail | None:
+def find_tail(anchors: Sequence[fx.Node], order: Sequence[fx.Node], claimed: Collection[fx.Node] = ()) -> Tail | None:
     """The longest run of pointwise nodes after products that has one result; None when the products are used apart.
 
     A node is taken when every value it reads is one of the region's, or does not depend on any of them; the kernel then
@@ -40,15 +40,19 @@ def find_tail(anchors: Sequence[fx.Node], order: Sequence[fx.Node]) -> Tail | No
     Args:
         anchors: the products; their values have one shape.
         order: the graph's nodes.
+        claimed: nodes that another kernel takes.
     """
     taken: dict[fx.Node, None] = dict.fromkeys(anchors)
     dependent: set[fx.Node] = set()
     best = Tail((), anchors[0], ()) if len(anchors) == 1 else None
     start = min(order.index(anchor) for anchor in anchors)
     for node in order[start + 1 :]:
-        if node in taken or not any(each in taken or each in dependent for each in node.all_input_nodes):
+        depends = any(each in taken or each in dependent for each in node.all_input_nodes)
+        if node in taken and depends:
+            return None  # one product reads the other
+        if node in taken or not depends:
             continue
-        if len(taken) >= _GREATEST or not _fits(node, anchors[0], taken, dependent):
+        if node in claimed or len(taken) >= _GREATEST or not _fits(node, anchors[0], taken, dependent):
             dependent.add(node)
             continue
         taken[node] = None

@@ -19,7 +19,7 @@ class GraphReplay:
         """Args: the function; it launches kernels and does nothing else that matters."""
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Tensor] = []
+        self._inputs: list[Any] = []
         self._outputs: list[Any] = []
 
     def __call__(self, *tensors: Tensor) -> list[Any]:
@@ -27,13 +27,14 @@ class GraphReplay:
         if self._graph is None:
             self._record(tensors)
         for held, given in zip(self._inputs, tensors, strict=True):
-            held.copy_(given)
+            if isinstance(held, Tensor):
+                held.copy_(given)
         assert self._graph is not None
         self._graph.replay()
         return [each.clone() if isinstance(each, Tensor) else each for each in self._outputs]
 
     def _record(self, tensors: Sequence[Tensor]) -> None:
-        self._inputs = [tensor.clone() for tensor in tensors]
+        self._inputs = [tensor.clone() if isinstance(tensor, Tensor) else tensor for tensor in tensors]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -136,6 +136,7 @@ class _Finder:
         products: Collection[str],
     ) -> None:
         self.program, self.order, self.extensions, self.products = program, order, extensions, products
+        self.claimed: set[fx.Node] = set()  # pointwise nodes that a kernel takes already
 
     def is_product(self, node: fx.Node) -> bool:
         """A linear layer or a convolution with a stored weight."""
@@ -157,8 +158,7 @@ class _Finder:
         plain: list[Site] = []
         while left:
             anchor = left.pop(0)
-            partner = next((each for each in left if _alike(weights[anchor], weights[each])
-                            and self._gated((anchor, each)) is not None), None)  # fmt: skip
+            partner = next((each for each in left if self._gated(anchor, each, weights)), None)
             if partner is not None:
                 left.remove(partner)
             chosen = (anchor,) if partner is None else (anchor, partner)
@@ -169,8 +169,13 @@ class _Finder:
                 yield site
         yield from _stacked(plain, self.extensions)
 
-    def _gated(self, anchors: tuple[fx.Node, fx.Node]) -> Tail | None:
-        return find_tail(anchors, self.order)
+    def _gated(self, anchor: fx.Node, other: fx.Node, weights: Mapping[fx.Node, SiteWeight]) -> bool:
+        """Whether two products can be one kernel: they read the same elements, and become one value."""
+        alike = _alike(weights[anchor], weights[other]) and find_access(anchor) == find_access(other)
+        return alike and self._tail((anchor, other)) is not None
+
+    def _tail(self, anchors: Sequence[fx.Node]) -> Tail | None:
+        return find_tail(anchors, self.order, self.claimed)
 
     def _weight(self, anchor: fx.Node) -> SiteWeight | Missed:
         source = anchor.args[1]
@@ -206,8 +211,9 @@ class _Finder:
             reason = lowering if isinstance(lowering, str) else lowering.accepts(dtype)  # type: ignore[arg-type]
             if reason:
                 return Missed(anchor, name, reason)
-        tail = find_tail(anchors, self.order)
+        tail = self._tail(anchors)
         assert tail is not None
+        self.claimed.update(tail.nodes)
         made: list[WeightLowering] = lowerings  # type: ignore[assignment]
         before = self._prologue(anchor, made[0], access, readers)
         epilogue, operands = _epilogue(anchors, tail)
@@ -323,9 +329,10 @@ def _stacked(sites: list[Site], extensions: Mapping[str, LoweringType]) -> Itera
 
 
 def _stackable(site: Site) -> bool:
-    weight = site.weights[0]
-    rows = all(tensor.ndim == 2 and tensor.shape[0] == weight.shape[0] for tensor in weight.parts.values())
-    return rows and site.problem.access.kind == "rows" and not isinstance(weight.encoding, Dense)
+    weight, own = site.weights[0], site.operands[len(site.problem.prologue.arguments) :]
+    rows = all(tensor.ndim == 2 and tensor.shape[0] == weight.shape[0] > 1 for tensor in weight.parts.values())
+    plain = site.problem.access.kind == "rows" and not isinstance(weight.encoding, Dense)
+    return rows and plain and all(is_weight(each) for each in own)
 
 
 def _stack(group: list[Site], extensions: Mapping[str, LoweringType]) -> Site:

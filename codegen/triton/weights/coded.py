@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
@@ -75,6 +76,17 @@ class CodedWeight(WeightLowering):
     def groups(self) -> Groups:
         """How parameters are shared."""
         return Groups(self.size, self.rows, self.padded_columns)
+
+    @cached_property
+    def half_scales(self) -> bool:
+        """Whether every scale is a normal number in half precision, so that tiles may be scaled in it."""
+        scale = self.parameters.get("scale", torch.zeros(1)).float().abs()
+        limits = torch.finfo(torch.float16)
+        return bool(((scale == 0) | ((scale >= limits.tiny) & (scale <= limits.max))).all())
+
+    def key(self) -> str:
+        """The encoding, and whether its scales fit half precision."""
+        return f"{self.encoding}{'' if self.half_scales else ' with scales beyond half precision'}"
 
     @property
     def bits_read(self) -> float:
@@ -162,7 +174,7 @@ class ScaledWeight(CodedWeight):
 
     def _scaled(self, tile: Tile, name: str, spread: str) -> str:
         scale = f"{name}_scale{spread}"
-        if tile.product == "float16":
+        if tile.product == "float16" and self.half_scales:
             return f"{name} = {name} * {scale}.to(tl.float16)"
         return f"{name} = ({name}.to(tl.float32) * {scale}).to(tl.{tile.product})"
 

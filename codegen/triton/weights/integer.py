@@ -102,7 +102,7 @@ class IntegerWeight(CodedWeight):
         if "minimum" in self.parameters:
             minimum, _ = self.groups.load(tile, "minimum", columns, indices)
             wide = f"{name}.to(tl.float32) * {name}_scale + {minimum}{spread}"
-        elif tile.product == "float16":
+        elif tile.product == "float16" and self.half_scales:
             return "", [*lines, f"{name} = {name} * {name}_scale.to(tl.float16)"]
         else:
             wide = f"{name}.to(tl.float32) * {name}_scale"

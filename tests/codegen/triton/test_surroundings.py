@@ -165,3 +165,19 @@ def run(
     problem: Problem, cases: list[Case], configuration: Configuration, tensors: list[Tensor], y: Tensor, tokens: int
 ) -> None:
     interpret_problem(problem, fitting(cases[0], configuration), tensors, y, tokens)
+
+
+def test_scales_below_half_precision_keep_their_digits() -> None:
+    encoding = IntGrid(8, group=32)
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(5)) * 1e-4
+    grid = encoding.fit(weight)
+    parts = encoding.encode(encoding.round(weight, grid), grid)
+    lowering = IntegerWeight(encoding, (16, 64), parts)
+    assert not lowering.half_scales
+    x = torch.randn(33, 64, generator=torch.Generator().manual_seed(6)).half()
+    y = torch.empty(33, 16)
+    problem = Problem((lowering,), "float16", epilogue=Epilogue(dtype="float32"))
+    laid = lowering.layout(parts)
+    interpret_problem(problem, Configuration(32, 16, 64), [x, laid["codes"], laid["scale"]], y, 33)
+    exact = x.double() @ encoding.decode(parts, (16, 64), torch.float64).T
+    assert relative(y.double(), exact) < TOLERANCE["float16"]

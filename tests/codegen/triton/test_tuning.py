@@ -99,3 +99,15 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     cache.put("key", 1.0)
     cache.write()
     assert cache.get("key") == 1.0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_range_is_within_bounds(problem: Problem, capability: int) -> None:
+    found = regimes(problem, device_of(capability))
+    limits = [each.limit for each in found]
+    assert limits[-1] is None
+    assert limits[:-1] == sorted(limits[:-1])  # type: ignore[type-var]
+    for each in found:
+        if each.configuration is not None and each.configuration.split > 1:
+            assert each.limit is not None
+            assert each.limit * problem.rows * each.configuration.split <= 1 << 27

@@ -11,6 +11,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
+import sparc
 from sparc.codegen.triton.emission import module_of
 from tests.codegen.triton.models import LanguageModel
 from tests.codegen.triton.test_target import compiled, emission
@@ -52,3 +53,28 @@ def test_every_operator_knows_its_type(fake_gpu: FakeTensorMode) -> None:
     with fake_gpu:
         result = module(torch.empty(1, 1, dtype=torch.int64, device="cuda"))[0]
     assert (result.shape, result.dtype, result.device.type) == ((1, 1, 100), torch.float16, "cuda")
+
+
+class Positions(nn.Module):
+    """A model that makes a tensor on the device of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+
+
+def test_tensors_are_made_on_the_graphs_device() -> None:
+    x = torch.randn(5, 48).half()
+    options = {"verify_kernels": False}
+    dynamic = {"x": {0: "length"}}
+    artifact = sparc.compile(
+        Positions().half(), (x,), recipe="w8", target="cuda:sm_90", dynamic=dynamic, options=options
+    )
+    module = module_of(emission(artifact).lowered["forward"], "meta")
+    assert isinstance(module, torch.fx.GraphModule)
+    devices = [node.kwargs["device"] for node in module.graph.nodes if "device" in node.kwargs]
+    assert devices
+    assert set(devices) == {torch.device("meta")}
