@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from sparc import codes
-from sparc.codegen.triton.chips import find_device, require_triton, runs_here
-from sparc.cost import Device
+from sparc.codegen.triton.chips import LEAST_CAPABILITY, find_device, require_triton, runs_here
+from sparc.cost import Device, device_of
 from sparc.diag import LoweringError, SparcError
 from sparc.program import Program
+from sparc.serialize import schema
 from sparc.suggest import hint as suggestion
 from sparc.target import Emission, EmitContext, StoredTensor
 
@@ -75,13 +76,12 @@ class TritonTarget:
 
         device = find_device(self.capability)
         verified = context.options.get("verify_kernels", True)
-        return self._emit(program, context, acceptance(device.capability) if verified else None)
+        return self._emit(program, context, device, acceptance(device.capability) if verified else None)
 
-    def _emit(self, program: Program, context: EmitContext, accept: Any) -> Emission:
+    def _emit(self, program: Program, context: EmitContext, device: Device, accept: Any) -> Emission:
         from sparc.codegen.triton.emission import TritonEmission
         from sparc.codegen.triton.lower import lower
 
-        device = find_device(self.capability)
         extensions = {key[1]: _guarded(made, key[1]) for key, made in context.lowerings.items() if key[0] == "cuda"}
         tuner = self._tuner(device, context)
         own = program.clone()
@@ -109,7 +109,10 @@ class TritonTarget:
         require_triton()
         from sparc.codegen.triton.accept import named
 
-        return self._emit(program, EmitContext(options={"tune": False}), named(files))
+        described = schema.from_json(files["kernels.json"], "kernels.json")
+        capability = schema.integer(described.get("capability"), "the capability", LEAST_CAPABILITY, 999)
+        device = device_of(capability, schema.text(described.get("chip"), "the chip", 128))
+        return self._emit(program, EmitContext(options={"tune": False}), device, named(files))
 
 
 def _guarded(made: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from sparc.codegen.triton import chips
 from sparc.codegen.triton.emission import TritonEmission
 from sparc.codegen.triton.launch import make_scratch
 from sparc.codegen.triton.operator import SiteTensors
+from sparc.codegen.triton.target import TritonTarget
 from sparc.diag import SparcError
 from sparc.encoding.int_grid import IntGrid
 from sparc.passes.activation.dynamic import QuantizeActivations
@@ -152,6 +153,19 @@ def test_a_saved_artifact_generates_its_kernels_anew(language_model: Artifact, t
     described = json.loads((tmp_path / "first" / "kernels.json").read_text())
     assert described["capability"] == 90
     assert {row["weights"][0] for row in described["sites"]} >= {"block.q.weight", "head.weight"}
+
+
+def test_an_artifact_of_this_machines_gpu_is_read_without_it(language_model: Artifact) -> None:
+    made = emission(language_model)
+    files = made.files({})
+    loaded = TritonTarget().load(language_model.program, files, made.stored)
+    assert isinstance(loaded, TritonEmission)
+    assert loaded.device == made.device
+    assert loaded.sources == made.sources
+    for broken in (b"{}", b'{"capability": 75, "chip": "a chip"}', b"[" * 10_000):
+        with pytest.raises(SparcError) as error:
+            TritonTarget().load(language_model.program, {**files, "kernels.json": broken}, made.stored)
+        assert error.value.code == "SPARC503"
 
 
 def test_an_altered_kernel_file_is_noticed_and_never_run(language_model: Artifact, tmp_path: Path) -> None:
