@@ -63,10 +63,6 @@ class Device:
         """Thread-instructions a second on the integer and logic units."""
         return self.multiprocessors * 64 * self.clock
 
-    def supports(self, product: str) -> bool:
-        """Whether its tensor cores multiply a type."""
-        return product in self.flops
-
     def roofline(self, cost: Cost, product: str) -> sympy.Expr:
         """Seconds below which no kernel can do the work."""
         return sympy.Max(cost.bytes / self.bandwidth, cost.flops / self.flops[product])
@@ -85,6 +81,9 @@ DEVICES: tuple[Device, ...] = (
     Device("NVIDIA H100", 90, 132, 3.0e12, _flops(800e12, 50e12, 1400e12, 1360e12), 1.755e9, 227 * _KIB, 50 << 20),
     Device("NVIDIA H200", 90, 132, 4.3e12, _flops(790e12, 50e12, 1400e12, 1360e12), 1.755e9, 227 * _KIB, 60 << 20),
     Device("NVIDIA B200", 100, 148, 7.0e12, _flops(1500e12, 75e12, 3000e12, 3000e12), 1.85e9, 227 * _KIB, 126 << 20),
+    Device(
+        "NVIDIA GeForce RTX 5090", 120, 170, 1.6e12, _flops(200e12, 90e12, 400e12, 400e12), 2.4e9, 99 * _KIB, 96 << 20
+    ),
 )
 
 

@@ -23,9 +23,8 @@ _MOST_PROGRAMS = 256  # of one kernel that the interpreter is given
 def check_operators(operators: Iterable[SiteOperator], diagnostics: Diagnostics, device: str) -> None:
     """Run every operator once in each regime on random activations.
 
-    In the interpreter, a site with more programs than it can take in good time is left out, with a remark, if
-    another one
-    runs the same template: what differs between their kernels is numbers.
+    In the interpreter, one site of each kind is enough, the smallest: what differs between their kernels is numbers. A
+    kind whose smallest site has more programs than it can take in good time is left out, with a remark.
 
     Args:
         operators: what to check.

@@ -57,7 +57,12 @@ def find_device(capability: int | None) -> Device:
         if here < LEAST_CAPABILITY:
             why = f"{torch.cuda.get_device_name()} has compute capability {here / 10}, and 8.0 is the least"
             raise LoweringError(codes.TARGET_UNAVAILABLE, "the GPU is too old", why=why, hint='use target="onnx:cuda"')
-        capability = here
+        capability = max((each for each in CAPABILITIES if each <= here and each // 10 == here // 10), default=0)
+        if not capability:
+            why = f"{torch.cuda.get_device_name()} has compute capability {here / 10}"
+            raise LoweringError(
+                codes.TARGET_UNAVAILABLE, "the GPU is not known", why=why, hint='use target="onnx:cuda"'
+            )
     return device_of(capability, torch.cuda.get_device_name() if here == capability else "")
 
 

@@ -39,6 +39,7 @@ MULTIPROCESSORS: Mapping[int, Multiprocessor] = {
     89: Multiprocessor(100 * 1024, 1536, 24),
     90: Multiprocessor(228 * 1024, 2048, 32),
     100: Multiprocessor(228 * 1024, 2048, 32),
+    120: Multiprocessor(100 * 1024, 1536, 24),
 }
 REGISTERS = 65536
 # What the system takes of shared memory for each program.
@@ -123,14 +124,9 @@ class KernelReport:
         widths = [int(kind.rsplit(".", 1)[1]) // 8 for kind in self.loads]
         return min(widths, default=0), max(widths, default=0)
 
-    @property
-    def loop_instructions(self) -> int:
-        """Instructions of one thread in the main loop, all copies together."""
-        return sum(self.instructions.values())
-
 
 def compile_kernel(kernel: Kernel, capability: int) -> Compiled:
-    """Compile for a GPU of this capability (80, 86, 89, 90, 100), which need not be there.
+    """Compile for a GPU of this capability (80, 86, 89, 90, 100, 120), which need not be there.
 
     Raises:
         LoweringError: SPARC409 with the first line of what Triton or ptxas said.

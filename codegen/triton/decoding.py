@@ -2,8 +2,6 @@
 
 import hashlib
 
-from torch import Tensor
-
 from sparc.codegen.triton.generate import template
 from sparc.codegen.triton.kernel import Argument, Kernel
 from sparc.codegen.triton.problem import TRITON
@@ -60,8 +58,3 @@ def generate_decoding(weight: WeightLowering, dtype: str) -> Kernel:
 def decoding_grid(weight: WeightLowering) -> tuple[int, int, int]:
     """How many programs are launched."""
     return -(-weight.rows // (weight.block_rows or _ROWS)), 1, 1
-
-
-def decoding_arguments(buffers: list[Tensor], dense: Tensor) -> list[Tensor | int]:
-    """The kernel's arguments in order."""
-    return [*buffers, dense]

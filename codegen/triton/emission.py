@@ -115,9 +115,8 @@ class TritonEmission:
 
     # running ----------------------------------------------------------------------------------------------------------
     def runner(self, entry: str | None = None, *, threads: int | None = None, spin: bool = True) -> Runner:
-        """Runs the entry on the GPU, through torch.compile and, for static shapes, a CUDA graph; in Triton's
-        interpreter
-        where there is no such GPU, with a remark.
+        """Runs the entry on the GPU, through torch.compile and, for static shapes, a CUDA graph; where there is no such
+        GPU, in Triton's interpreter, with a remark.
 
         Args:
             entry: the entry's name.
@@ -127,10 +126,12 @@ class TritonEmission:
         name = entry or next(iter(self.lowered))
         if self.native:
             return self._on_device(name)
-        why = f"no GPU of compute capability {self.device.capability / 10} is here"
-        self._diagnostics.remark(codes.INTERPRETED, "the artifact runs in Triton's interpreter", why=why)
+        self._diagnostics.remark(codes.INTERPRETED, "the artifact runs in Triton's interpreter", why=self._why())
         module = self._module(name, "cpu")
         return _flat(module)
+
+    def _why(self) -> str:
+        return f"no GPU of compute capability {self.device.capability / 10} is here"
 
     def _on_device(self, name: str) -> Runner:
         device = f"cuda:{torch.cuda.current_device()}"
@@ -162,6 +163,9 @@ class TritonEmission:
         self, program: Program, inputs: Mapping[str, Sequence[Tensor]], reference: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, float]:
         """Every kernel computes what the site's operators compute in torch; see `sparc.codegen.triton.checking`."""
+        if not self.native:
+            what = "kernels were checked in Triton's interpreter, and output errors are the program's own"
+            self._diagnostics.remark(codes.INTERPRETED, what, why=self._why())
         check_operators(self.operators(), self._diagnostics, "cuda" if self.native else "cpu")
         return {}
 

@@ -1,6 +1,6 @@
-"""From an entry's graph to the graph that runs: sites become operators, encoded embeddings gather rows, and what is
-left of
-decoding is done once.
+"""From an entry's graph to the graph that runs.
+
+Sites become operators, encoded embeddings gather rows, and what is left of decoding is done once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from sparc.target import KernelUse
 
 aten = torch.ops.aten
 _SCRATCH = ("scratch.workspace", "scratch.counters")
-_TOKENS = 1 << 16  # where a site's tokens have no bound, splitting is worth nothing above
+_TOKENS = 1 << 16  # that scratch memory is made for where there is no bound; ranges of split sums end below
 
 
 @dataclass

@@ -306,9 +306,8 @@ def _epilogue(anchors: Sequence[fx.Node], tail: Tail) -> tuple[Epilogue, tuple[f
 # parallel products --------------------------------------------------------------------------------------------------
 def _alike(a: SiteWeight, b: SiteWeight) -> bool:
     """Whether two weights can share a kernel's code."""
-    own = isinstance(
-        a.encoding, (Dense, Blocks)
-    )  # torch's products are as good; every mask of blocks is a loop of its own
+    # Torch's dense products are as good; and every mask of blocks has a loop of its own.
+    own = isinstance(a.encoding, (Dense, Blocks))
     return a.shape == b.shape and str(a.encoding) == str(b.encoding) and not own
 
 

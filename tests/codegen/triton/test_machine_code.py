@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparc.codegen.triton.accept import fits
+from sparc.codegen.triton.chips import CAPABILITIES
 from sparc.codegen.triton.cubin import report, violations
 from sparc.codegen.triton.generate import generate
 from sparc.codegen.triton.kernel import Kernel
@@ -104,3 +105,9 @@ def test_a_surrounded_product_of_four_bits(tokens: int, capability: int) -> None
 def test_every_encoding(weight: WeightLowering, tokens: int, surrounded: bool, capability: int) -> None:
     around = (RMS, SURROUNDED) if surrounded else (Prologue(), PLAIN)
     check(Problem((weight,), "float16", *around), tokens, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_chip_that_can_be_named_has_a_kernel(capability: int) -> None:
+    assert device_of(capability).capability == capability
+    assert first(Problem((lowering(IntGrid(8)),), "float16"), 16, capability) is not None
