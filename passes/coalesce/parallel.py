@@ -53,8 +53,7 @@ def _find(program: Program, node: fx.Node) -> Found | Skip | None:
         return Skip(why)
     kind = _alike(program, node)
     group = [each for each in others if not _reason(each) and _alike(program, each) == kind]
-    order = {each: index for index, each in enumerate(node.graph.nodes)}
-    group.sort(key=order.__getitem__)
+    group.sort()  # by their places in the graph
     if group[0] is not node or len(group) < 2:
         return None
     values = {"x": x, "products": tuple(group), "w": node.args[1], "b": normalized_arguments(node)["bias"]}

@@ -62,10 +62,9 @@ def _extensions(constants: Constants, root: fx.Node, layout: Layout, most: int =
     count = channels(root, layout)
     if count is None:
         return
-    order = {node: index for index, node in enumerate(root.graph.nodes)}
     region = _Region(root, layout, {root: diagonal(constants.filled((count,), 1.0), layout.rank)})
     while len(region.inner) < most:
-        last = max(region.maps, key=order.__getitem__)
+        last = max(region.maps)  # nodes compare by their places in the graph
         if last is not root and any(user not in region.inner for user in last.users):
             outside = next(user for user in last.users if user not in region.inner)
             region.why = f"an inner value is also read by {outside.name}" if is_product(last) else ""
