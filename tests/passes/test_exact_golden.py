@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from examples.models.reparameterized import NormAndPad, RepVGG, trained
 from sparc.capture import capture
 from sparc.driver import Driver
 from sparc.pass_base import Pass, Samples
@@ -15,7 +16,6 @@ from sparc.passes.canonicalize.padding import raise_padding
 from sparc.passes.clean import RemoveNoOps
 from sparc.passes.coalesce import coalesce_parallel
 from sparc.passes.fold import fold_affine, fold_batch_norm, fold_batch_norm_before, fold_shared, fold_table
-from tests.passes.reparameterized import NormAndPad, RepVGG, trained
 
 IMAGE = torch.zeros(1, 4, 6, 6)
 
@@ -49,17 +49,13 @@ def _gated(m: Any, x: Tensor) -> Tensor:
     return m.down(nn.functional.silu(m.gate(x)) * m.up(x))
 
 
-def norm(size: int) -> nn.Module:
-    return trained(nn.BatchNorm2d(size))
-
-
 def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
 CASES: dict[str, tuple[Pass, tuple[Pass, ...], nn.Module, Tensor]] = {
-    "fold_batch_norm": (fold_batch_norm, (), nn.Sequential(nn.Conv2d(4, 8, 3), norm(8)), IMAGE),
-    "fold_batch_norm_before": (fold_batch_norm_before, (), nn.Sequential(norm(4), nn.Conv2d(4, 8, 3)), IMAGE),
+    "fold_batch_norm": (fold_batch_norm, (), nn.Sequential(nn.Conv2d(4, 8, 3), trained(8)), IMAGE),
+    "fold_batch_norm_before": (fold_batch_norm_before, (), nn.Sequential(trained(4), nn.Conv2d(4, 8, 3)), IMAGE),
     "fold_affine": (fold_affine, (), RepVGG(4, 4), IMAGE),
     "fold_affine_adapter": (
         fold_affine,

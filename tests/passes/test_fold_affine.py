@@ -10,6 +10,14 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
+from examples.models.reparameterized import (
+    AsymmetricBlock,
+    DiverseBranch,
+    MobileOne,
+    NormAndPad,
+    Orepa,
+    RepVGG,
+)
 from sparc.capture import capture
 from sparc.driver import Driver
 from sparc.ledger import PassRow
@@ -20,14 +28,6 @@ from sparc.passes.fold.affine import AffineMap, Impossible, diagonal, plus, regr
 from sparc.program import Program
 from sparc.testing import assert_mutants_caught, assert_pass
 from sparc.verify import relative_error
-from tests.passes.reparameterized import (
-    AsymmetricBlock,
-    DiverseBranch,
-    MobileOne,
-    NormAndPad,
-    Orepa,
-    RepVGG,
-)
 
 IMAGE = (2, 8, 12, 13)
 

@@ -7,20 +7,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def trained(norm: nn.Module) -> nn.Module:
+def trained(channels: int) -> nn.BatchNorm2d:
     """A batch norm with random statistics, gain and bias."""
+    norm = nn.BatchNorm2d(channels)
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
     with torch.no_grad():
-        norm.running_mean.normal_()  # type: ignore[operator, union-attr]
-        norm.running_var.uniform_(0.5, 2)  # type: ignore[operator, union-attr]
-        norm.weight.normal_()  # type: ignore[operator, union-attr]
-        norm.bias.normal_()  # type: ignore[operator, union-attr]
+        mean.normal_()
+        variance.uniform_(0.5, 2)
+        norm.weight.normal_()
+        norm.bias.normal_()
     return norm
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int | tuple[int, int], **given: object) -> nn.Sequential:
     """A convolution without bias, and its batch norm."""
     conv = nn.Conv2d(inputs, outputs, kernel, bias=False, **given)  # type: ignore[arg-type]
-    return nn.Sequential(conv, trained(nn.BatchNorm2d(outputs)))
+    return nn.Sequential(conv, trained(outputs))
 
 
 class RepVGG(nn.Module):
@@ -30,9 +34,10 @@ class RepVGG(nn.Module):
         super().__init__()
         self.dense = conv_norm(inputs, outputs, 3, stride=stride, padding=1, groups=groups)
         self.pointwise = conv_norm(inputs, outputs, 1, stride=stride, groups=groups)
-        self.identity = trained(nn.BatchNorm2d(inputs)) if inputs == outputs and stride == 1 else None
+        self.identity = trained(inputs) if inputs == outputs and stride == 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map an image."""
         y = self.dense(x) + self.pointwise(x)
         return torch.relu(y if self.identity is None else y + self.identity(x))
 
@@ -45,9 +50,10 @@ class MobileOne(nn.Module):
         given = {"padding": kernel // 2, "groups": groups}
         self.branches = nn.ModuleList([conv_norm(channels, channels, kernel, **given) for _ in range(branches)])
         self.scale = conv_norm(channels, channels, 1, groups=groups)
-        self.skip = trained(nn.BatchNorm2d(channels))
+        self.skip = trained(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map an image."""
         out = self.scale(x) + self.skip(x)
         for branch in self.branches:
             out = out + branch(x)
@@ -65,6 +71,7 @@ class AsymmetricBlock(nn.Module):
         self.horizontal = conv_norm(channels, channels, (1, kernel), padding=(0, p), stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map an image."""
         return torch.relu(self.square(x) + self.vertical(x) + self.horizontal(x))
 
 
@@ -73,11 +80,15 @@ class NormAndPad(nn.Module):
 
     def __init__(self, channels: int, pad: int) -> None:
         super().__init__()
-        self.norm, self.pad = trained(nn.BatchNorm2d(channels)), pad
+        self.norm, self.pad = trained(channels), pad
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map an image."""
         out, norm, pad = self.norm(x), self.norm, self.pad
-        values = norm.bias.detach() - norm.running_mean * norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert variance is not None
+        values = norm.bias.detach() - mean * norm.weight.detach() / torch.sqrt(variance + norm.eps)
         out = functional.pad(out, [pad] * 4)
         values = values.view(1, -1, 1, 1)
         out[:, :, 0:pad, :] = values
@@ -90,6 +101,8 @@ class NormAndPad(nn.Module):
 class IdentityConv(nn.Module):
     """A 1x1 convolution whose kernel is added to the identity."""
 
+    identity: Tensor
+
     def __init__(self, channels: int, groups: int = 1) -> None:
         super().__init__()
         self.conv, self.groups = nn.Conv2d(channels, channels, 1, groups=groups, bias=False), groups
@@ -100,6 +113,7 @@ class IdentityConv(nn.Module):
         self.register_buffer("identity", identity)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map an image."""
         return functional.conv2d(x, self.conv.weight + self.identity, groups=self.groups)
 
 
@@ -115,21 +129,26 @@ class DiverseBranch(nn.Module):
             nn.Conv2d(inputs, outputs, 1, groups=groups, bias=False),
             NormAndPad(outputs, p),
             nn.AvgPool2d(kernel, stride),
-            trained(nn.BatchNorm2d(outputs)),
+            trained(outputs),
         )
         self.deep = nn.Sequential(
             IdentityConv(inputs, groups),
             NormAndPad(inputs, p),
             nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False),
-            trained(nn.BatchNorm2d(outputs)),
+            trained(outputs),
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map an image."""
         return torch.relu(self.origin(x) + self.pointwise(x) + self.average(x) + self.deep(x))
 
 
 class Orepa(nn.Module):
     """Online re-parameterization: scaled branches that are squeezed to one kernel in every step (Hu et al., 2022)."""
+
+    identity: Tensor
+    mean: Tensor
+    frequency: Tensor
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3) -> None:
         super().__init__()
@@ -150,7 +169,7 @@ class Orepa(nn.Module):
         other = [torch.cos(position * (i + 1)) for i in range(outputs - outputs // 2)]
         rows = [wave[:, None].expand(kernel, kernel) for wave in half]
         self.register_buffer("frequency", torch.stack(rows + [wave[None].expand(kernel, kernel) for wave in other]))
-        self.norm = trained(nn.BatchNorm2d(outputs))
+        self.norm = trained(outputs)
 
     def squeezed(self) -> Tensor:
         """The one kernel, `[out, in, k, k]`."""
@@ -173,4 +192,19 @@ class Orepa(nn.Module):
         return total
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map an image."""
         return torch.relu(self.norm(functional.conv2d(x, self.squeezed(), padding=self.kernel // 2)))
+
+
+class Adapted(nn.Module):
+    """A convolution with a low-rank adapter: k x k down to a few channels, 1x1 up (Hu et al., 2022)."""
+
+    def __init__(self, channels: int, rank: int = 8, scale: float = 2.0) -> None:
+        super().__init__()
+        self.base, self.scale = nn.Conv2d(channels, channels, 3, padding=1), scale
+        self.down = nn.Conv2d(channels, rank, 3, padding=1, bias=False)
+        self.up = nn.Conv2d(rank, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map an image."""
+        return torch.relu(self.base(x) + self.scale * self.up(self.down(x)))
