@@ -95,8 +95,8 @@ class _Lowering:
     ) -> list[Regime]:
         key = (site.problem.key, low, high)
         if key not in self.chosen:
-            rows = site.problem.access.kind == "rows"  # images come whole: no number of tokens can be asked for
-            measure = partial(tuner.seconds, site) if tuner is not None and rows else None
+            free = site.problem.access.kind in ("rows", "batched")  # images come whole: no number can be asked for
+            measure = partial(tuner.seconds, site) if tuner is not None and free else None
             self.chosen[key] = regimes(site.problem, self.device, low, high, accept, measure)
         return self.chosen[key]
 
