@@ -1,15 +1,13 @@
-"""Products with a batch of matrices, in Triton's interpreter, against float64; sizes are odd, so that there are tails."""
+"""Products with a batch of matrices, in Triton's interpreter, against float64; sizes are odd, so there are tails."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional as F
 
-import sparc
 from sparc.codegen.triton.decoding import decoding_grid, generate_decoding
 from sparc.codegen.triton.interpret import interpret
 from sparc.codegen.triton.launch import interpret_problem
@@ -109,3 +107,68 @@ def test_decoded_weights_are_right(encoding: Encoding) -> None:
     kernel = generate_decoding(case.lowering, "float32", BATCH)
     interpret(kernel, decoding_grid(case.lowering, BATCH), [*buffers(case), dense])
     assert agrees(dense.view(BATCH, ROWS, COLUMNS).double(), case.dense, 1e-5)
+
+
+def test_a_batch_may_share_one_activation() -> None:
+    case, x = make_batch(IntGrid(4, group=32)), activation(17, shared=True)
+    problem = Problem((case.lowering,), "float16", access=Access("batched", batch=BATCH, shared=True))
+    for configuration, tokens in (REGIMES["gemv"], REGIMES["skinny split"], REGIMES["gemm"]):
+        x = activation(tokens, shared=True)
+        assert agrees(run([case], configuration, problem, x), x.double() @ case.dense.mT)
+
+
+def test_split_sums_are_added_with_atomics() -> None:
+    case, x = make_batch(IntGrid(8)), activation(17)
+    problem = Problem((case.lowering,), "float16", access=Access("batched", batch=BATCH))
+    found = run([case], Configuration(16, 32, split=2, deterministic=False), problem, x)
+    assert agrees(found, x.double() @ case.dense.mT)
+
+
+OPERANDS: dict[Any, tuple[int, ...]] = {"feature": (BATCH, 1, ROWS), "token": (BATCH, -1, 1), "full": (BATCH, -1, ROWS)}
+AFTER: dict[Any, Callable[..., Tensor]] = {
+    "feature": lambda y, other, value: y + value,
+    "token": lambda y, other, value: y * value + other,
+    "full": lambda y, other, value: y * other + value,
+}
+LINES = {
+    "feature": "product + v_value",
+    "token": "product * v_value + product_1",
+    "full": "product * product_1 + v_value",
+}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("regime", ["gemv split", "skinny split", "gemm"])
+@pytest.mark.parametrize("kind", OPERANDS)
+def test_epilogues_are_right(kind: Any, regime: str, shared: bool) -> None:
+    (configuration, tokens), cases = REGIMES[regime], [make_batch(IntGrid(8), seed) for seed in (0, 1)]
+    x = activation(tokens, shared=shared)
+    shape = [tokens if size == -1 else size for size in OPERANDS[kind]]
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(2)).half()
+    after = Epilogue((EpilogueInput("v", "float16", kind),), (), LINES[kind])
+    access = Access("batched", batch=BATCH, shared=shared)
+    problem = Problem(tuple(case.lowering for case in cases), "float16", epilogue=after, access=access)
+    exact = AFTER[kind](*(x.double() @ case.dense.mT for case in cases), value.double())
+    assert agrees(run(cases, configuration, problem, x, value), exact)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("regime", ["skinny split", "gemm"])
+def test_activations_are_quantized_token_by_token(regime: str, shared: bool) -> None:
+    (configuration, tokens), case = REGIMES[regime], make_batch(IntGrid(8))
+    x = activation(tokens, shared=shared)
+    access = Access("batched", batch=BATCH, shared=shared)
+    problem = Problem((case.lowering,), "float16", Prologue(quantized="int8"), access=access)
+    found = run([case], configuration, problem, x)
+    assert agrees(found, quantized(x, "int8") @ case.dense.mT)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("regime", ["gemv split", "skinny split"])
+def test_a_normalisation_reads_its_own_tokens(regime: str, shared: bool) -> None:
+    (configuration, tokens), case = REGIMES[regime], make_batch(IntGrid(8))
+    x = activation(tokens, shared=shared) * torch.arange(1, tokens + 1).unsqueeze(-1)
+    access = Access("batched", batch=BATCH, shared=shared)
+    problem = Problem((case.lowering,), "float16", Prologue("rms_norm", 1e-3), access=access)
+    normalised = F.rms_norm(x.double(), (COLUMNS,), eps=1e-3).half().double()
+    assert agrees(run([case], configuration, problem, x), normalised @ case.dense.mT)
