@@ -1,20 +1,33 @@
 """Products with a batch of matrices, in Triton's interpreter, against float64; sizes are odd, so there are tails."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
-from torch.nn import functional as F
+from torch import Tensor, fx, nn
 
+import sparc
+from sparc.artifact import Artifact
+from sparc.codegen.triton.checking import random_operand, random_value
+from sparc.codegen.triton.cubin import report, violations
 from sparc.codegen.triton.decoding import decoding_grid, generate_decoding
+from sparc.codegen.triton.generate import generate
 from sparc.codegen.triton.interpret import interpret
-from sparc.codegen.triton.launch import interpret_problem
+from sparc.codegen.triton.launch import interpret_problem, make_scratch
 from sparc.codegen.triton.lowerings import find_lowering
+from sparc.codegen.triton.operator import SiteTensors
+from sparc.codegen.triton.operators import launch
+from sparc.codegen.triton.prior import at, candidates, seconds
 from sparc.codegen.triton.problem import Access, Configuration, Epilogue, EpilogueInput, Problem, Prologue
 from sparc.codegen.triton.site_weight import SiteWeight
+from sparc.codegen.triton.sites import buffers as site_buffers
 from sparc.codegen.triton.tiles import WeightLowering
+from sparc.codegen.triton.weights.integer import IntegerWeight
+from sparc.cost import device_of
+from sparc.diag import SparcError
 from sparc.encoding.base import Encoding
 from sparc.encoding.binary_code import BinaryCode
 from sparc.encoding.blocks import Blocks
@@ -24,7 +37,14 @@ from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.microscaling import MXFP4, NVFP4
 from sparc.encoding.nm import NM
 from sparc.encoding.view import WeightView
+from sparc.passes.activation.dynamic import QuantizeActivations
+from sparc.passes.encode import Encode
+from sparc.passes.recipes import prepare
+from sparc.passes.round import Round
+from tests.codegen.triton.models import Experts
 from tests.codegen.triton.running import TOLERANCE, Case, fitting, quantized, relative
+from tests.codegen.triton.test_target import QUICK, compiled, emission, sites
+from tests.codegen.triton.test_target import agrees as agrees_with_program
 
 BATCH, ROWS, COLUMNS = 3, 45, 200
 ENCODINGS: list[Encoding] = [
@@ -170,5 +190,131 @@ def test_a_normalisation_reads_its_own_tokens(regime: str, shared: bool) -> None
     x = activation(tokens, shared=shared) * torch.arange(1, tokens + 1).unsqueeze(-1)
     access = Access("batched", batch=BATCH, shared=shared)
     problem = Problem((case.lowering,), "float16", Prologue("rms_norm", 1e-3), access=access)
-    normalised = F.rms_norm(x.double(), (COLUMNS,), eps=1e-3).half().double()
+    normalised = nn.functional.rms_norm(x.double(), (COLUMNS,), eps=1e-3).half().double()
     assert agrees(run([case], configuration, problem, x), normalised @ case.dense.mT)
+
+
+# experts of a model ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def experts() -> Artifact:
+    return compiled(Experts)
+
+
+def test_stacked_experts_are_two_kernels_with_all_that_surrounds_them(experts: Artifact) -> None:
+    found = sites(experts)
+    assert list(found) == ["router", "gate+up", "down"]
+    assert [each.problem.access.shared for each in found.values()] == [False, True, False]
+    assert found["gate+up"].result.target is found["down"].result.target is torch.ops.aten.mul.Tensor
+    kinds = [each.kind for each in found["down"].problem.epilogue.inputs]
+    assert kinds == ["feature", "token"]
+    uses = emission(experts).kernels
+    assert all(uses[name].operator.startswith("product") for name in ("gate", "up", "down"))
+    assert (
+        sum(uses[name].resident_bytes for name in ("gate", "up", "down")) < 2 * 3 * 3 * 48 * 40 / 2
+    )  # half of half precision
+
+
+@pytest.mark.parametrize("length", [1, 2, 19])
+def test_stacked_experts_compute_what_their_program_computes(experts: Artifact, length: int) -> None:
+    agrees_with_program(experts, torch.randn(2, length, 48).half())
+
+
+def test_stacked_experts_with_activations_in_8_bits() -> None:
+    steps = (*prepare(), Round(IntGrid(8)), QuantizeActivations(mode="token"), Encode())
+    artifact = compiled(Experts, steps)
+    assert [each.problem.access.shared for each in sites(artifact).values()] == [False, True, False]
+    assert all(each.problem.product == "int8" for each in sites(artifact).values())
+    agrees_with_program(artifact, torch.randn(2, 9, 48).half(), tolerance=2e-2)  # a flipped rounding
+
+
+def test_many_tokens_are_left_to_torch_with_decoded_weights(experts: Artifact) -> None:
+    operators = emission(experts).lowered["forward"].operators
+    for operator in operators.values():
+        assert operator.regimes[-1].configuration is None
+        x = random_value(operator.site.x, torch.Generator().manual_seed(0), 7)
+        operands = [random_operand(each, torch.Generator(), x, operator) for each in operator.site.operands]
+        given = SiteTensors(site_buffers(operator.site), operands)
+        scratch = make_scratch(operator.scratch_sizes(7))
+        by_kernel, by_torch = (operator.run(x, given, scratch, launch, index) for index in (0, -1))
+        assert relative(by_kernel.double(), by_torch.double()) < TOLERANCE["float16"]
+
+
+class Product(nn.Module):
+    """A product with a batch of matrices, and what is done to it."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.w, self.b = nn.Parameter(torch.randn(3, 48, 40)), nn.Parameter(torch.randn(40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.w, self.b)
+
+
+def compile_product(function: Callable[..., Tensor], x: Tensor) -> Artifact:
+    torch.manual_seed(0)
+    model = Product(function).half().eval()
+    artifact = sparc.compile(model, (x,), recipe="w8", target="cuda:sm_90", options=QUICK)
+    agrees_with_program(artifact, x)
+    return artifact
+
+
+def test_a_bias_of_all_matrices_is_added_by_torch() -> None:
+    """What an epilogue reads for features belongs to one matrix."""
+    artifact = compile_product(lambda x, w, b: torch.bmm(x, w) + b, torch.randn(3, 5, 48).half())
+    assert sites(artifact)["w"].problem.epilogue.inputs == ()
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (1, 5, 48), (3, 5, 48)])
+def test_a_product_broadcasts_its_activation(shape: tuple[int, ...]) -> None:
+    artifact = compile_product(lambda x, w, b: torch.matmul(x, w), torch.randn(shape).half())
+    assert sites(artifact)["w"].problem.access.shared == (shape != (3, 5, 48))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 48), (48,)])
+def test_other_axes_are_left_to_torch(shape: tuple[int, ...]) -> None:
+    artifact = compile_product(lambda x, w, b: torch.matmul(x, w), torch.randn(shape).half())
+    assert sites(artifact) == {}
+    assert "other axes than a batch of matrices" in emission(artifact).kernels["w"].note
+
+
+def test_outputs_beyond_32_bit_indices_are_refused(experts: Artifact) -> None:
+    operator = emission(experts).lowered["forward"].operators["mul"]
+    huge = torch.empty(1, device="meta", dtype=torch.float16).expand(1 << 25, 48)
+    with pytest.raises(SparcError) as error:
+        operator.run(huge, SiteTensors((), ()), make_scratch((0, 0)), lambda *_: pytest.fail("it was launched"), 0)
+    assert error.value.code == "SPARC412"
+
+
+def test_an_artifact_with_stacked_experts_is_saved_and_loaded(experts: Artifact, tmp_path: Path) -> None:
+    experts.save(tmp_path / "saved")
+    loaded = sparc.load(tmp_path / "saved")
+    x = torch.randn(2, 5, 48).half()
+    assert torch.equal(loaded(x), experts(x))
+    assert loaded.sources == experts.sources
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_batch_costs_no_registers_or_instructions(tokens: int, capability: int) -> None:
+    encoding = IntGrid(4, group=128, scale_dtype="float16")
+    weight = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
+    grid = encoding.fit(weight)
+    lowering = IntegerWeight(encoding, (512, 2048), encoding.encode(encoding.round(weight, grid), grid))
+    problem = Problem((lowering,), "float16", access=Access("batched", batch=4))
+    chosen = candidates(problem, device_of(capability), tokens)[0].configuration
+    kernel = generate(problem, chosen)
+    assert violations(kernel, report(kernel, capability)) == []
+
+
+def test_the_model_counts_every_matrix() -> None:
+    """A batch takes the time of one matrix with all its rows, but for the activation."""
+    case, device = make_batch(IntGrid(8)), device_of(90)
+    own, shared = (Problem((case.lowering,), "float16", access=Access("batched", batch=BATCH, shared=each))
+                   for each in (False, True))  # fmt: skip
+    one = replace(own, access=Access())
+    configuration = Configuration(16, 64, 64)
+    times = [at(seconds(each, configuration, device), 1 << 14) for each in (one, shared, own)]
+    assert times[0] <= times[1] < times[2]
+    assert own.tiles_of_rows(32) == 6
+    assert one.tiles_of_rows(32) == 5

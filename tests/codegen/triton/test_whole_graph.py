@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 
 import sparc
 from sparc.codegen.triton.emission import module_of
-from tests.codegen.triton.models import LanguageModel
+from tests.codegen.triton.models import Experts, LanguageModel
 from tests.codegen.triton.test_target import compiled, emission
 
 
@@ -53,6 +53,17 @@ def test_every_operator_knows_its_type(fake_gpu: FakeTensorMode) -> None:
     with fake_gpu:
         result = module(torch.empty(1, 1, dtype=torch.int64, device="cuda"))[0]
     assert (result.shape, result.dtype, result.device.type) == ((1, 1, 100), torch.float16, "cuda")
+
+
+def test_stacked_experts_are_kernels_that_the_compiler_sees(fake_gpu: FakeTensorMode) -> None:
+    module = pretend(module_of(emission(compiled(Experts)).lowered["forward"], "cpu"), fake_gpu)
+    with fake_gpu:
+        x = torch.empty(2, 7, 48, dtype=torch.float16, device="cuda")
+        traced, _ = aot_export_module(module, [x], trace_joint=False)
+    calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_function")
+    assert calls["triton_kernel_wrapper_functional"] == 3
+    assert not any("mm" in name for name in calls)
+    assert traced.graph.output_node().args[0][0].meta["val"].shape == (2, 7, 48)
 
 
 class Positions(nn.Module):
