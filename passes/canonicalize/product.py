@@ -50,7 +50,7 @@ def _read(equation: str) -> tuple[str, str, str, str] | None:
     features = set(weight[1:]) - set(given)
     if any(len(each) != 1 for each in (reduced, tokens, features)) or {*result} != {weight[0], *tokens, *features}:
         return None
-    return weight[0], *tokens, *reduced, *features
+    return weight[0], tokens.pop(), reduced.pop(), features.pop()
 
 
 def _permuted(m: Match, node: fx.Node, axes: str, wanted: Sequence[str]) -> fx.Node:

@@ -207,11 +207,10 @@ def test_stacked_experts_are_two_kernels_with_all_that_surrounds_them(experts: A
     assert found["gate+up"].result.target is found["down"].result.target is torch.ops.aten.mul.Tensor
     kinds = [each.kind for each in found["down"].problem.epilogue.inputs]
     assert kinds == ["feature", "token"]
-    uses = emission(experts).kernels
-    assert all(uses[name].operator.startswith("product") for name in ("gate", "up", "down"))
-    assert (
-        sum(uses[name].resident_bytes for name in ("gate", "up", "down")) < 2 * 3 * 3 * 48 * 40 / 2
-    )  # half of half precision
+    uses = [emission(experts).kernels[name] for name in ("gate", "up", "down")]
+    assert all(use.operator.startswith("product") for use in uses)
+    half_precision = 2 * 3 * 3 * 48 * 40
+    assert sum(use.resident_bytes for use in uses) < half_precision / 2
 
 
 @pytest.mark.parametrize("length", [1, 2, 19])
