@@ -16,12 +16,13 @@ from sparc.codegen.triton.cubin import report, violations
 from sparc.codegen.triton.decoding import decoding_grid, generate_decoding
 from sparc.codegen.triton.generate import generate
 from sparc.codegen.triton.interpret import interpret
-from sparc.codegen.triton.launch import interpret_problem, make_scratch
+from sparc.codegen.triton.launch import interpret_problem, make_scratch, scratch_sizes
 from sparc.codegen.triton.lowerings import find_lowering
 from sparc.codegen.triton.operator import SiteTensors
 from sparc.codegen.triton.operators import launch
 from sparc.codegen.triton.prior import at, candidates, seconds
 from sparc.codegen.triton.problem import Access, Configuration, Epilogue, EpilogueInput, Problem, Prologue
+from sparc.codegen.triton.regimes import regimes
 from sparc.codegen.triton.site_weight import SiteWeight
 from sparc.codegen.triton.sites import buffers as site_buffers
 from sparc.codegen.triton.tiles import WeightLowering
@@ -127,6 +128,17 @@ def test_decoded_weights_are_right(encoding: Encoding) -> None:
     kernel = generate_decoding(case.lowering, "float32", BATCH)
     interpret(kernel, decoding_grid(case.lowering, BATCH), [*buffers(case), dense])
     assert agrees(dense.view(BATCH, ROWS, COLUMNS).double(), case.dense, 1e-5)
+
+
+def test_blocks_as_many_and_as_high_as_matrices_stay_blocks() -> None:
+    encoding = Blocks(size=(32, 64), of=IntGrid(8))
+    weight = torch.randn(BATCH, 32, 64, generator=torch.Generator().manual_seed(0))
+    grid = encoding.fit_masked(weight, torch.ones(BATCH, 1, 1, dtype=torch.bool))
+    parts = encoding.encode(encoding.round(weight, grid), grid)
+    assert parts["codes"].shape == (BATCH, 32, 64)
+    site = SiteWeight(("w",), encoding, (BATCH, 32, 64), parts, fx.Graph().placeholder("w"), WeightView("transposed"))
+    assert site.matrix_parts["codes"].shape == (BATCH, 32, 64)
+    assert site.matrix_parts["scale"].shape == (BATCH * 32, 1)
 
 
 def test_a_batch_may_share_one_activation() -> None:
@@ -317,3 +329,22 @@ def test_the_model_counts_every_matrix() -> None:
     assert times[0] <= times[1] < times[2]
     assert own.tiles_of_rows(32) == 6
     assert one.tiles_of_rows(32) == 5
+
+
+def test_workspaces_of_a_batch_stay_within_bounds() -> None:
+    rows, columns, batch = 64, 512, 16
+    encoding = IntGrid(8)
+    grid = encoding.fit(torch.ones(batch * rows, columns))
+    parts = encoding.encode(torch.ones(batch * rows, columns), grid)
+    lowering = IntegerWeight(encoding, (batch * rows, columns), parts)
+    problem = Problem((lowering,), "float16", access=Access("batched", batch=batch))
+
+    def measure(configuration: Configuration | None, tokens: int) -> float:
+        return 1e-6 if configuration is not None and configuration.split > 1 else 1.0
+
+    found = regimes(problem, device_of(90), measure=measure)
+    bounded = [each for each in found if each.configuration is not None]
+    assert any(each.configuration.split > 1 for each in bounded)  # type: ignore[union-attr]
+    for each in bounded:
+        assert each.limit is not None
+        assert scratch_sizes(problem, each.configuration, each.limit)[0] <= 1 << 26  # type: ignore[arg-type]
