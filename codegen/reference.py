@@ -67,7 +67,9 @@ class ReferenceTarget:
         """The program as it is."""
         return ReferenceEmission(program.clone())
 
-    def load(self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor]) -> ReferenceEmission:
+    def load(
+        self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor], context: EmitContext
+    ) -> ReferenceEmission:
         """The saved program as it is."""
         return ReferenceEmission(program)
 

@@ -16,16 +16,19 @@ def extension() -> Extension:
     from sparc.passes.activation.static import CalibrateActivations
     from sparc.passes.canonicalize import Canonicalize
     from sparc.passes.clean import RemoveDead
+    from sparc.passes.coalesce import coalesce_parallel
+    from sparc.passes.decode import Decode
     from sparc.passes.encode import Encode
     from sparc.passes.equalize.equalize import Equalize
     from sparc.passes.equalize.smooth import Smooth
-    from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
+    from sparc.passes.fold import fold_affine, fold_batch_norm, fold_batch_norm_before, fold_shared, fold_table
     from sparc.passes.prune import Prune
     from sparc.passes.recipes import recipes
     from sparc.passes.round import Round
 
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
-    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
+    folds = (fold_batch_norm, fold_batch_norm_before, fold_shared, fold_affine, fold_table, coalesce_parallel)
+    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds)
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, Equalize, Smooth, Prune, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

@@ -129,7 +129,7 @@ def load(folder: str | Path) -> Artifact:
         ArtifactError: SPARC501 to SPARC507 when it is incomplete, altered, malformed or unsafe.
     """
     known = registry()
-    return load_artifact(folder, known.encodings, known.target)
+    return load_artifact(folder, known.encodings, known.target, known.lowerings)
 
 
 def check_verify(verify: str) -> None:

@@ -27,7 +27,7 @@ from sparc.serialize import TensorFile, TensorReader, program_from_dict, program
 from sparc.serialize.masked import masked_from_json, masked_to_json
 from sparc.serialize.records import records_from_dict, records_to_dict, timings_to_dict
 from sparc.serialize.schema import malformed
-from sparc.target import Emission, Runner, StoredTensor, Target
+from sparc.target import Emission, EmitContext, Lowering, Runner, StoredTensor, Target
 
 FORMAT = "sparc artifact"
 VERSION = 1
@@ -223,7 +223,10 @@ def _may_replace(folder: Path) -> str | None:
 
 # loading ------------------------------------------------------------------------------------------------------------
 def load_artifact(
-    folder: str | Path, encodings: Mapping[str, type[Encoding]], find_target: Callable[[str], Target]
+    folder: str | Path,
+    encodings: Mapping[str, type[Encoding]],
+    find_target: Callable[[str], Target],
+    lowerings: Mapping[tuple[str, str], Lowering] | None = None,
 ) -> Artifact:
     """Read an artifact from its folder; every file is checked before it is used, and weights stay on disk until they
     are needed.
@@ -232,6 +235,7 @@ def load_artifact(
         folder: the folder.
         encodings: the encodings that may be named, by name.
         find_target: the target of a name; raises SPARC201 when there is none.
+        lowerings: extensions' lowerings, as `EmitContext` has them.
 
     Raises:
         ArtifactError: SPARC501 to SPARC504 when a file is missing, altered, malformed or a link, SPARC507 for another
@@ -253,14 +257,19 @@ def load_artifact(
     ledger, diagnostics = records_from_dict(read("report.json"), timings)
     own = {name: files.read_file(place, name, _FILE_LIMIT) for name in records if name not in _OWN}
     recipe = files.read_file(place, _RECIPE, _MANIFEST_LIMIT).decode(errors="replace")
-    return Artifact(program, ledger, diagnostics, _load_emission(target, program, own, stored), recipe)
+    context = EmitContext(diagnostics, lowerings=lowerings or {})
+    return Artifact(program, ledger, diagnostics, _load_emission(target, program, own, stored, context), recipe)
 
 
 def _load_emission(
-    target: Target, program: Program, own: Mapping[str, bytes], stored: Sequence[StoredTensor]
+    target: Target,
+    program: Program,
+    own: Mapping[str, bytes],
+    stored: Sequence[StoredTensor],
+    context: EmitContext,
 ) -> Emission:
     try:
-        return target.load(program, own, stored)
+        return target.load(program, own, stored, context)
     except SparcError:
         raise
     except Exception as error:  # whatever the target's own parser raises

@@ -298,6 +298,13 @@ INTERPRETED = Code(
     "slower; times in the report are the cost model's estimates.",
     "load the artifact on a machine with the GPU",
 )
+CHOSEN_ANEW = Code(
+    "SPARC414",
+    "an artifact's kernels are chosen anew",
+    "What the artifact records of a product's kernels is nothing that this version of sparc would choose: it was "
+    "written by another version, or altered. The cost model chooses again.",
+    "compile again to have the kernels timed",
+)
 
 # 5xx: artifacts -----------------------------------------------------------------------------------------------------
 ARTIFACT_MISSING_FILE = Code(

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ class Match:
         bound = self._values[name]
         return bound.meta["val"] if isinstance(bound, fx.Node) else bound
 
-    def constant(self, tensor: Tensor, like: str, name: str | None = None) -> fx.Node:
+    def constant(self, tensor: Tensor, like: str, name: str | None = None, of: Sequence[fx.Node] = ()) -> fx.Node:
         """A new weight, kept in float64 until it is checked and stored in the dtype of `like`.
 
         Args:
@@ -128,6 +128,7 @@ class Match:
             like: the variable whose weight it replaces: it takes over its dtype, its origins and, once that is unused,
                 its name.
             name: instead of that name, a name beside it: `bias` for a new bias beside `conv.weight`.
+            of: other weights that it is made of, whose origins it has as well.
         """
         source = self._values[like]
         old = str(source.target)
@@ -141,12 +142,19 @@ class Match:
         else:
             node = self.program.add_weight(wished, stored, like=source)
             made.append(str(node.target))
+            self._join_origins(str(node.target), of)
         if stored.dtype != tensor.dtype:
             self.wide[str(node.target)] = tensor
         if name is None:
             self.likes[str(node.target)] = old
         self.created.append(node)
         return node
+
+    def _join_origins(self, name: str, of: Sequence[fx.Node]) -> None:
+        weights = self.program.weights
+        record = weights.record(name)
+        origins = (each for node in of for each in weights.record(str(node.target)).origins)
+        weights.put(name, replace(record, origins=tuple(dict.fromkeys((*record.origins, *origins)))))
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call of an operator overload, such as the one that was matched, before the match."""

@@ -187,6 +187,8 @@ class Target(Protocol):
         """
         ...
 
-    def load(self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor]) -> Emission:
-        """The emission of a saved artifact, from its files and tensors."""
+    def load(
+        self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor], context: EmitContext
+    ) -> Emission:
+        """The emission of a saved artifact, from its files and tensors; `context` holds no options."""
         ...

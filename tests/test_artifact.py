@@ -196,7 +196,7 @@ def test_a_target_cannot_write_elsewhere(name: str, tmp_path: Path) -> None:
 
 def test_a_target_that_cannot_read_its_files_is_a_diagnostic(saved: Path) -> None:
     class Failing(ReferenceTarget):
-        def load(self, program: Program, files: Any, stored: Any) -> ReferenceEmission:
+        def load(self, program: Program, files: Any, stored: Any, context: Any) -> ReferenceEmission:
             raise KeyError("model.onnx")
 
     assert code_of(lambda: load_artifact(saved, BUILTIN, lambda name: Failing())) == "SPARC503"

@@ -57,7 +57,7 @@ class Place:
     def emit(self, program: Any, context: Any) -> Any:
         raise NotImplementedError
 
-    def load(self, program: Any, files: Any, stored: Any) -> Any:
+    def load(self, program: Any, files: Any, stored: Any, context: Any) -> Any:
         raise NotImplementedError
 
 

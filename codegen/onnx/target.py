@@ -107,13 +107,16 @@ class OnnxTarget:
             raise LoweringError(codes.BAD_OPTION, f"option 'opset' is {opset!r}", why="expected a number, 18 to 24")
         return replace(self, opset=opset) if opset else self
 
-    def load(self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor]) -> OnnxEmission:
+    def load(
+        self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor], context: EmitContext
+    ) -> OnnxEmission:
         """The emission of a saved artifact.
 
         Args:
             program: the artifact's program, for the names of its entries.
             files: its model files.
             stored: its tensors.
+            context: not needed.
         """
         models: dict[str, onnx.ModelProto] = {}
         for index, name in enumerate(program.entries):

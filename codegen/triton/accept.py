@@ -1,6 +1,5 @@
 """Whether a kernel may be used: it compiles for the chip, does not spill, and fits."""
 
-from collections.abc import Container
 from functools import lru_cache
 
 from sparc.codegen.triton.cubin import report
@@ -18,11 +17,6 @@ def acceptance(capability: int) -> Accept:
         return fits(_kernel(problem, configuration), capability)
 
     return accept
-
-
-def named(files: Container[str]) -> Accept:
-    """A judge that knows the kernels of a saved artifact by the names of their sources."""
-    return lambda problem, configuration: f"{_kernel(problem, configuration).name}.py" in files
 
 
 def _kernel(problem: Problem, configuration: Configuration) -> Kernel:

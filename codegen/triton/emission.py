@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from sparc import codes
 from sparc.codegen.triton.checking import check_operators
 from sparc.codegen.triton.chips import runs_here
+from sparc.codegen.triton.choice import rows
 from sparc.codegen.triton.cubin import report, violations
 from sparc.codegen.triton.kernel import Kernel
 from sparc.codegen.triton.lower import Lowered
@@ -101,13 +102,9 @@ class TritonEmission:
         """
         found = {name: text.encode() for name, text in self.sources.items()}
         sites = [
-            {
-                "entry": entry,
-                "weights": list(operator.site.names),
-                "regimes": [_regime_row(operator, i) for i in range(len(operator.regimes))],
-            }
+            rows(entry, node, operator)
             for entry, each in self.lowered.items()
-            for operator in each.operators.values()
+            for node, operator in each.operators.items()
         ]
         described = {"chip": self.device.name, "capability": self.device.capability, "sites": sites}
         found["kernels.json"] = (json.dumps(described, indent=1, sort_keys=True) + "\n").encode()
@@ -245,15 +242,4 @@ def _judged(kernel: Kernel, device: Device) -> dict[str, Any]:
         "ceiling_tb_per_s": slots.ceiling if slots else None,
         "programs_per_sm": found.programs_per_sm,
         "violations": violations(kernel, found),
-    }
-
-
-def _regime_row(operator: SiteOperator, index: int) -> dict[str, Any]:
-    regime, kernel = operator.regimes[index], operator.kernels[index]
-    chosen = vars(regime.configuration) if regime.configuration is not None else None
-    return {
-        "limit": regime.limit,
-        "kernel": kernel.name if kernel is not None else None,
-        "configuration": chosen,
-        "seconds": str(regime.seconds),
     }

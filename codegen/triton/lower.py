@@ -5,7 +5,6 @@ Sites become operators, encoded embeddings gather rows, and what is left of deco
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from torch import Tensor, fx
 
 from sparc import codes
 from sparc.codegen.encoded import match_encoded
+from sparc.codegen.triton.choice import Choose
 from sparc.codegen.triton.operator import SiteOperator, token_range
 from sparc.codegen.triton.operators import define, gather_rows, gathers
-from sparc.codegen.triton.regimes import Accept, Regime, regimes
-from sparc.codegen.triton.sites import Site, buffers, find_products
+from sparc.codegen.triton.sites import buffers, find_products
 from sparc.codegen.triton.tiles import LoweringType
-from sparc.codegen.triton.tuning import Tuner
 from sparc.cost import Device
 from sparc.diag import Diagnostics
 from sparc.encoding.dense import Dense
@@ -54,12 +52,11 @@ def lower(
     device: Device,
     extensions: Mapping[str, LoweringType],
     diagnostics: Diagnostics,
-    accept: Accept | None = None,
-    tuner: Tuner | None = None,
+    choose: Choose,
 ) -> Lowered:
-    """Lower an entry for a device; see `sparc.codegen.triton.regimes` for `accept`; a tuner times candidates."""
+    """Lower an entry for a device; `choose` says what serves a site."""
     lowering = _Lowering(program, entry.clone(), device, diagnostics)
-    lowering.sites(extensions, accept, tuner)
+    lowering.sites(extensions, choose)
     lowering.decodes()
     lowering.finish()
     return lowering.made
@@ -71,18 +68,17 @@ class _Lowering:
         self.made = Lowered(entry.graph)
         self.sizes = [(0, 0)]
         self.why: dict[fx.Node, str] = {}
-        self.chosen: dict[Any, list[Regime]] = {}
         self.now: dict[fx.Node, fx.Node] = {}  # what stands for a node that was replaced
 
     # sites ------------------------------------------------------------------------------------------------------------
-    def sites(self, extensions: Mapping[str, LoweringType], accept: Accept | None, tuner: Tuner | None) -> None:
+    def sites(self, extensions: Mapping[str, LoweringType], choose: Choose) -> None:
         """Replace every product that a kernel serves."""
         found, missed = find_products(self.program, self.entry, extensions, self.device.flops)
         self.why = {each.node: each.why for each in missed}
         made: list[tuple[SiteOperator, int | None]] = []
         for site in found:
             low, high = token_range(site)
-            chosen = self._regimes(site, low, high, accept, tuner)
+            chosen = choose(site, low, high)
             dense = isinstance(site.weights[0].encoding, Dense)
             if dense and all(regime.configuration is None for regime in chosen):
                 continue
@@ -90,23 +86,12 @@ class _Lowering:
         for operator, high in made:  # only now: a site is described by nodes that replacing another one changes
             self._replace(operator, high)
 
-    def _regimes(
-        self, site: Site, low: int, high: int | None, accept: Accept | None, tuner: Tuner | None
-    ) -> list[Regime]:
-        key = (site.problem.key, low, high)
-        if key not in self.chosen:
-            free = site.problem.access.kind in ("rows", "batched")  # images come whole: no number can be asked for
-            measure = partial(tuner.seconds, site) if tuner is not None and free else None
-            self.chosen[key] = regimes(site.problem, self.device, low, high, accept, measure)
-        return self.chosen[key]
-
     def _replace(self, operator: SiteOperator, high: int | None) -> None:
         site, graph = operator.site, self.entry.graph
         name = "+".join(site.names)
         self.sizes.append(operator.scratch_sizes(min(high or _TOKENS, _TOKENS)))
         laid = buffers(site)
-        place = site.anchors[0] if site.parallel else site.result
-        with graph.inserting_before(place):
+        with graph.inserting_before(site.place):
             held = [self._tensor(f"{name}.{index}", tensor) for index, tensor in enumerate(laid)]
             given: list[Any] = [self._operand(name, index, each) for index, each in enumerate(site.operands)]
             scratch = [self._attribute(each) for each in _SCRATCH]
@@ -116,7 +101,7 @@ class _Lowering:
                 self._slice(site.anchors, call)
             else:
                 self._stands_for(site.result, call)
-        self.made.operators[place.name] = operator
+        self.made.operators[site.place.name] = operator
         self._account(operator, laid)
 
     def _slice(self, anchors: Sequence[fx.Node], call: fx.Node) -> None:

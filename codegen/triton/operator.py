@@ -4,10 +4,11 @@ It is called with tensors alone, so that it can be an operator of torch's: `torc
 kernels.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -89,6 +90,15 @@ class SiteOperator:
         texts += [str(regime.limit) for regime in self.regimes]
         texts += structure(self._whole)
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+    def without_tensors(self) -> "SiteOperator":
+        """A copy that keeps no weight in memory: those that it computes with are given to `run`."""
+        found, site = copy.copy(self), self.site
+        vars(found).update(kernels=self.kernels, decoders=self.decoders)
+        weights = tuple(replace(each, parts={}) for each in site.weights)
+        lowerings = tuple(each.without_tensors() for each in site.problem.weights)
+        found.site = replace(site, weights=weights, problem=replace(site.problem, weights=lowerings))
+        return found
 
     def scratch_sizes(self, tokens: int) -> tuple[int, int]:
         """Elements of workspace and counters that any number of tokens up to `tokens` needs."""

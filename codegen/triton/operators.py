@@ -40,8 +40,10 @@ def define(operator: SiteOperator) -> Any:
     if hasattr(known, name):
         return getattr(known, name).default
 
+    kept = operator.without_tensors()  # torch keeps an operator as long as the process lives
+
     def site(x: Tensor, buffers: list[Tensor], operands: list[Tensor], scratch: list[Tensor]) -> Tensor:
-        return operator.run(x, SiteTensors(buffers, operands), Scratch(*scratch), launch)
+        return kept.run(x, SiteTensors(buffers, operands), Scratch(*scratch), launch)
 
     triton_op(f"{_NAMESPACE}::{name}", site, mutates_args={"scratch"})
     return getattr(known, name).default

@@ -25,6 +25,7 @@ _MANY = 1024  # tokens at which torch's product is timed
 
 _WORKSPACE = 1 << 26  # elements of float32
 _GRID = 65535  # programs along an axis that is not the first
+_ENDLESS = 1 << 62
 
 Accept = Callable[[Problem, Configuration], bool]
 Measure = Callable[[Configuration | None, int], float]
@@ -70,7 +71,7 @@ def regimes(
         chosen = [each.configuration for each in found if each.configuration is not None]
         bad = {each for each in chosen if accept is not None and not accept(problem, each)}
         if not bad:
-            return _bounded(found, problem, device, min(high or 1 << 62, 1 << 62))
+            return bounded(found, problem, device, high)
         refused |= bad
 
 
@@ -99,28 +100,28 @@ def _ranges(
         start, current = crossing
 
 
-def _bounded(found: list[Regime], problem: Problem, device: Device, high: int) -> list[Regime]:
+def bounded(found: Sequence[Regime], problem: Problem, device: Device, high: int | None) -> list[Regime]:
     """Ranges in which workspaces and grids stay within bounds; beyond them, torch multiplies."""
     dense = dense_seconds(problem, device, cached=isinstance(problem.weights[0].encoding, Dense))
-    bounded: list[Regime] = []
+    kept: list[Regime] = []
     for each in found:
         most = _most_tokens(problem, each.configuration)
-        last = each.limit if each.limit is not None else high
+        last = each.limit or high or _ENDLESS
         if each.configuration is None or last <= most:
-            bounded.append(each)
+            kept.append(each)
             continue
-        bounded += [Regime(most, each.configuration, each.seconds), Regime(each.limit, None, dense)]
-    return bounded
+        kept += [Regime(most, each.configuration, each.seconds), Regime(each.limit, None, dense)]
+    return kept
 
 
 def _most_tokens(problem: Problem, configuration: Configuration | None) -> int:
     """The tokens that a configuration can serve: the workspace of split sums has a size, and the grid's third axis."""
     if configuration is None:
-        return 1 << 62
+        return _ENDLESS
     if configuration.split > 1:
         tile = problem.weights[0].rows * configuration.split * len(problem.weights)
         return max(_WORKSPACE // tile, configuration.block_tokens)
-    return 1 << 62 if is_grouped(configuration) else _GRID * configuration.block_tokens
+    return _ENDLESS if is_grouped(configuration) else _GRID * configuration.block_tokens
 
 
 def _fastest(fitting: list[Candidate], tokens: int, measure: Measure | None) -> list[Candidate]:

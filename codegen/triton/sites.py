@@ -62,6 +62,11 @@ class Site:
     normalised: fx.Node | None = None
 
     @property
+    def place(self) -> fx.Node:
+        """The node before which its kernel is called."""
+        return self.anchors[0] if self.parallel else self.result
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The original weights' names."""
         return tuple(name for weight in self.weights for name in weight.names)

@@ -73,27 +73,30 @@ class TritonTarget:
         """
         self.check_options(context.options)
         from sparc.codegen.triton.accept import acceptance
+        from sparc.codegen.triton.choice import ByCost
 
         device = find_device(self.capability)
         verified = context.options.get("verify_kernels", True)
-        return self._emit(program, context, device, acceptance(device.capability) if verified else None)
-
-    def _emit(self, program: Program, context: EmitContext, device: Device, accept: Any) -> Emission:
-        from sparc.codegen.triton.emission import TritonEmission
-        from sparc.codegen.triton.lower import lower
-
-        extensions = {key[1]: _guarded(made, key[1]) for key, made in context.lowerings.items() if key[0] == "cuda"}
         tuner = self._tuner(device, context)
-        own = program.clone()
-        lowered = {
-            name: lower(own, entry, device, extensions, context.diagnostics, accept, tuner)
-            for name, entry in own.entries.items()
-        }
-        emission = TritonEmission(self.name, device, own, lowered, context.diagnostics)
+        choose = ByCost(device, acceptance(device.capability) if verified else None, tuner)
+        emission = self._emission(program, context, device, lambda entry: choose)
         if tuner is not None:
             tuner.cache.write()
             emission.timings.update(tuner.timings)
         return emission
+
+    def _emission(self, program: Program, context: EmitContext, device: Device, choice: Callable[[str], Any]) -> Any:
+        """Lower every entry; `choice` gives what chooses kernels in it."""
+        from sparc.codegen.triton.emission import TritonEmission
+        from sparc.codegen.triton.lower import lower
+
+        extensions = {key[1]: _guarded(made, key[1]) for key, made in context.lowerings.items() if key[0] == "cuda"}
+        own = program.clone()
+        lowered = {
+            name: lower(own, entry, device, extensions, context.diagnostics, choice(name))
+            for name, entry in own.entries.items()
+        }
+        return TritonEmission(self.name, device, own, lowered, context.diagnostics)
 
     def _tuner(self, device: Device, context: EmitContext) -> Any:
         """What times candidates; None where there is no such GPU, or it is not wanted."""
@@ -104,15 +107,30 @@ class TritonTarget:
         folder = Path(context.options.get("tuning_folder") or default_folder())
         return Tuner(TuningCache(folder, torch.cuda.get_device_name()), context.diagnostics)
 
-    def load(self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor]) -> Emission:
-        """The emission of a saved artifact: the kernels that its files name are generated anew; no code is read."""
+    def load(
+        self, program: Program, files: Mapping[str, bytes], stored: Sequence[StoredTensor], context: EmitContext
+    ) -> Emission:
+        """The emission of a saved artifact: kernels are generated anew, in the ranges that `kernels.json` records; no
+        code is read.
+
+        Args:
+            program: the artifact's program.
+            files: its files.
+            stored: its tensors.
+            context: extensions' lowerings, and where remarks go.
+        """
         require_triton()
-        from sparc.codegen.triton.accept import named
+        from sparc.codegen.triton.accept import acceptance
+        from sparc.codegen.triton.choice import ByCost, Recorded
 
         described = schema.from_json(files["kernels.json"], "kernels.json")
         capability = schema.integer(described.get("capability"), "the capability", LEAST_CAPABILITY, 999)
         device = device_of(capability, schema.text(described.get("chip"), "the chip", 128))
-        return self._emit(program, EmitContext(options={"tune": False}), device, named(files))
+        sites = schema.items(described.get("sites"), "the sites")
+        anew = ByCost(device, acceptance(capability))
+        return self._emission(
+            program, context, device, lambda entry: Recorded(sites, entry, device, anew, context.diagnostics)
+        )
 
 
 def _guarded(made: Callable[..., Any], name: str) -> Callable[..., Any]:

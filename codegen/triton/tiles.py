@@ -5,6 +5,7 @@ and one block of columns. The tile comes as planes: pieces whose columns need no
 into words can be taken out with a shift and a mask; the activation is read at each plane's columns.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,6 +232,16 @@ class WeightLowering(ABC):
     def key(self) -> str:
         """What the generated code depends on, beside the shape: the encoding, as text."""
         return str(self.encoding)
+
+    def without_tensors(self) -> "WeightLowering":
+        """A copy that holds shapes alone, for what outlives the weights: its code is generated already."""
+        found = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, WeightLowering):
+                setattr(found, name, value.without_tensors())
+            elif isinstance(value, Mapping) and all(isinstance(each, Tensor) for each in value.values()):
+                setattr(found, name, {part: each.to("meta") for part, each in value.items()})
+        return found
 
 
 LoweringType = Callable[[Encoding, tuple[int, int], Parts], WeightLowering]

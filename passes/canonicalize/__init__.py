@@ -11,6 +11,7 @@ from sparc.passes.canonicalize.attention import ATTENTION
 from sparc.passes.canonicalize.linear import LINEAR
 from sparc.passes.canonicalize.mask import MASK
 from sparc.passes.canonicalize.norm import NORM
+from sparc.passes.canonicalize.padding import PADDING
 from sparc.passes.canonicalize.product import PRODUCT
 from sparc.passes.canonicalize.rotary import ROTARY
 from sparc.passes.clean import MergeCommon, RemoveNoOps
@@ -40,6 +41,7 @@ class Canonicalize(Pass):
         """The passes in order."""
         yield RemoveNoOps()
         yield from LINEAR
+        yield from PADDING  # before constants are folded: the border is compared in float64
         yield from CLEAN
         yield from FORMS
         yield from CLEAN

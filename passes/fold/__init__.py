@@ -1,5 +1,8 @@
 """Folds: an operator disappears into the weights of its neighbour."""
 
+from sparc.passes.fold.affine_merge import fold_affine
 from sparc.passes.fold.batch_norm import fold_batch_norm, fold_batch_norm_before
+from sparc.passes.fold.shared import fold_shared
+from sparc.passes.fold.table import fold_table
 
-__all__ = ["fold_batch_norm", "fold_batch_norm_before"]
+__all__ = ["fold_affine", "fold_batch_norm", "fold_batch_norm_before", "fold_shared", "fold_table"]

@@ -183,6 +183,15 @@ def _index(reader: _Reader, node: fx.Node, index: Index) -> Any:
     return reader.read(source, positions)
 
 
+def _gather(reader: _Reader, node: fx.Node, index: Index) -> Any:
+    """`x[.., i[...], ..]` along one axis."""
+    axis = int(node.args[1]) % len(index)  # type: ignore[arg-type]
+    position = as_number(reader.read(node.args[2], index))
+    if not position.is_nonnegative:
+        raise Unknown
+    return reader.read(node.args[0], (*index[:axis], position, *index[axis + 1 :]))
+
+
 def _binary(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def rule(reader: _Reader, node: fx.Node, index: Index) -> Any:
         if node.kwargs or len(node.args) != 2:
@@ -295,6 +304,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "select": _select,
     **dict.fromkeys(["permute", "transpose", "t"], _permute),
     "index": _index,
+    "gather": _gather,
     "add": _arithmetic(operator.add),
     "sub": _arithmetic(operator.sub),
     "rsub": _arithmetic(lambda a, b: b - a),

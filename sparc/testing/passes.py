@@ -1,6 +1,6 @@
 """The contract of a pass, as one assertion, and wrong twins that the contract must catch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -139,11 +139,11 @@ class _Faulty:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return _insert(lambda *a, **k: self._match.call(target, *a, **k), target._opname, args, kwargs, self._mutation)
 
-    def constant(self, tensor: Tensor, like: str, name: str | None = None) -> fx.Node:
+    def constant(self, tensor: Tensor, like: str, name: str | None = None, of: Sequence[fx.Node] = ()) -> fx.Node:
         if self._mutation.name == "ScaledConstant" and tensor.is_floating_point():
             self._mutation.applied += 1
             tensor = tensor.double() * FACTOR
-        return self._match.constant(tensor, like, name)
+        return self._match.constant(tensor, like, name, of)
 
 
 class _FaultyInserter:

@@ -177,12 +177,15 @@ def test_a_lowering_of_the_wrong_shape_is_no_valid_model() -> None:
         emission.check(program, {"forward": [X]}, {})
 
 
-def test_the_plugins_kernels_compute_its_encoding() -> None:
+def test_the_plugins_kernels_compute_its_encoding(tmp_path: Path) -> None:
     artifact = compiled("PowersOfTwo(levels=5)", target="cuda:sm_90", options={"verify_kernels": False})
     assert artifact.emission.kernels["fc.weight"].operator.startswith("product")
     assert any("tl.exp2" in text for name, text in artifact.sources.items() if name.startswith("product"))
     (expected,), (found,) = artifact.program.run_flat([X]), artifact.run_flat([X])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    loaded = sparc.load(artifact.save(tmp_path / "a"))
+    assert loaded.sources == artifact.sources
+    assert torch.equal(loaded(X), artifact(X))
 
 
 def test_a_broken_triton_lowering_is_named() -> None:

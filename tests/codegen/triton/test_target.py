@@ -2,7 +2,9 @@
 interpreter.
 """
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +27,7 @@ from sparc.passes.activation.dynamic import QuantizeActivations
 from sparc.passes.encode import Encode
 from sparc.passes.recipes import prepare
 from sparc.passes.round import Round
+from sparc.target import EmitContext
 from sparc.verify import relative_error
 from tests.codegen.triton.models import Convolutions, Encoder, Experts, LanguageModel, build, example
 
@@ -159,14 +162,68 @@ def test_a_saved_artifact_generates_its_kernels_anew(language_model: Artifact, t
 def test_an_artifact_of_this_machines_gpu_is_read_without_it(language_model: Artifact) -> None:
     made = emission(language_model)
     files = made.files({})
-    loaded = TritonTarget().load(language_model.program, files, made.stored)
+    loaded = TritonTarget().load(language_model.program, files, made.stored, EmitContext())
     assert isinstance(loaded, TritonEmission)
     assert loaded.device == made.device
     assert loaded.sources == made.sources
     for broken in (b"{}", b'{"capability": 75, "chip": "a chip"}', b"[" * 10_000):
         with pytest.raises(SparcError) as error:
-            TritonTarget().load(language_model.program, {**files, "kernels.json": broken}, made.stored)
+            TritonTarget().load(language_model.program, {**files, "kernels.json": broken}, made.stored, EmitContext())
         assert error.value.code == "SPARC503"
+
+
+def altered(made: TritonEmission, change: Any) -> dict[str, bytes]:
+    """The emission's files, with another `kernels.json`: `change` edits the regimes of the head."""
+    files = dict(made.files({}))
+    described = json.loads(files["kernels.json"])
+    for row in described["sites"]:
+        if row["weights"] == ["head.weight"]:
+            change(row["regimes"])
+    return {**files, "kernels.json": json.dumps(described).encode()}
+
+
+def head(made: Any) -> Any:
+    found = made.lowered["forward"].operators.values()
+    return next(each for each in found if each.site.names == ("head.weight",))
+
+
+def test_ranges_that_an_artifact_records_are_restored(language_model: Artifact) -> None:
+    made = emission(language_model)
+
+    def shorten(regimes: list[Any]) -> None:
+        regimes[1]["limit"] = regimes[0]["limit"] + 3
+
+    context = EmitContext()
+    loaded = TritonTarget().load(language_model.program, altered(made, shorten), made.stored, context)
+    limits = [each.limit for each in head(made).regimes]
+    assert [each.limit for each in head(loaded).regimes] == [limits[0], limits[0] + 3, *limits[2:]]
+    assert [each.configuration for each in head(loaded).regimes] == [each.configuration for each in head(made).regimes]
+    assert "SPARC414" not in {each.code.id for each in context.diagnostics}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda regimes: regimes[0]["configuration"].update(block_columns=1 << 20),
+        lambda regimes: regimes[0].update(limit=7),  # a kernel of one token
+        lambda regimes: regimes.reverse(),
+        lambda regimes: regimes.clear(),
+    ],
+)
+def test_ranges_that_would_not_be_chosen_are_chosen_anew(language_model: Artifact, change: Any) -> None:
+    made, context = emission(language_model), EmitContext()
+    loaded = TritonTarget().load(language_model.program, altered(made, change), made.stored, context)
+    assert [each.limit for each in head(loaded).regimes] == [each.limit for each in head(made).regimes]
+    assert [each.code.id for each in context.diagnostics if "head" in each.what] == ["SPARC414"]
+
+
+def test_compiled_models_are_forgotten() -> None:
+    artifact = compiled(Encoder)
+    held = weakref.ref(next(iter(emission(artifact).lowered["forward"].operators.values())).site.weights[0])
+    assert held() is not None
+    del artifact
+    gc.collect()
+    assert held() is None
 
 
 def test_an_altered_kernel_file_is_noticed_and_never_run(language_model: Artifact, tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Products that read one value (query, key and value; gate and up; branches of one shape) become one product."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparc.analysis.values import same_shape, tensor_type
+from sparc.contract import Bounded
+from sparc.encoding.operators import is_decode
+from sparc.pass_base import Stage
+from sparc.pattern import Found, normalized_arguments
+from sparc.program import Program, is_weight
+from sparc.rewrite import Match, Skip, rewrite
+
+aten = torch.ops.aten
+
+_PRODUCTS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
+def _alike(program: Program, node: fx.Node) -> Any:
+    """What products must share to be stacked: operator, geometry, the weight's shape but for its rows, and types."""
+    given = dict(normalized_arguments(node))
+    del given["input"]
+    weight, bias = program.weights[str(given.pop("weight").target)], given.pop("bias")
+    geometry = tuple((name, str(value)) for name, value in given.items())
+    return node.target, geometry, weight.shape[1:], weight.dtype, bias is not None
+
+
+def _reason(node: fx.Node) -> str:
+    """Why a product cannot be stacked with others; empty when it can."""
+    given = normalized_arguments(node)
+    weight, bias = given["weight"], given["bias"]
+    if not is_weight(weight):
+        return "its weight is encoded already" if is_decode(weight) else "its weight is computed"
+    if bias is not None and not is_weight(bias):
+        return "its bias is computed"
+    if len(weight.users) > 1 or (bias is not None and len(bias.users) > 1):
+        return "its weight is used elsewhere as well"
+    return "its channels are mapped in groups" if given.get("groups", 1) != 1 else ""
+
+
+def _find(program: Program, node: fx.Node) -> Found | Skip | None:
+    """The products of one value that can be stacked, where `node` is the first of them."""
+    if node.target not in _PRODUCTS or not isinstance(node.args[0], fx.Node):
+        return None
+    x = node.args[0]
+    others = [each for each in x.users if each.target == node.target and each.args[0] is x]
+    if len(others) < 2:
+        return None
+    why = _reason(node)
+    if why:
+        return Skip(why)
+    kind = _alike(program, node)
+    group = [each for each in others if not _reason(each) and _alike(program, each) == kind]
+    order = {each: index for index, each in enumerate(node.graph.nodes)}
+    group.sort(key=order.__getitem__)
+    if group[0] is not node or len(group) < 2:
+        return None
+    values = {"x": x, "products": tuple(group), "w": node.args[1], "b": normalized_arguments(node)["bias"]}
+    return Found(values, tuple(group), tuple(group))
+
+
+@rewrite(find=_find, contract=Bounded(1e-4), stage=Stage.COALESCE)
+def coalesce_parallel(m: Match) -> "tuple[fx.Node, ...] | Skip":
+    """linear(x, A, a), linear(x, B, b), ... => split(linear(x, [A; B; ...], [a; b; ...])), also for convolutions of one
+    geometry.
+    """
+    products: tuple[fx.Node, ...] = m.products
+    kinds = [tensor_type(each) for each in products]
+    axis = -1 if m.roots[0].target is aten.linear.default else 1
+    weights, biases = _stacked(m, "weight", "w"), _stacked(m, "bias", "b")
+    given = {**normalized_arguments(products[0]), "input": m.x, "weight": weights, "bias": biases}
+    whole = m.call(products[0].target, *given.values())
+    sizes = [kind.shape[axis] for kind in kinds if kind is not None]
+    pieces = m.call(aten.split_with_sizes.default, whole, sizes, axis)
+    found = tuple(m.op.getitem(pieces, index) for index in range(len(products)))
+    same = all(same_shape(a.meta["val"].shape, b.meta["val"].shape) for a, b in zip(found, products, strict=True))
+    return found if same else m.skip("the pieces cannot be shown to have the products' shapes")
+
+
+def _stacked(m: Match, name: str, like: str) -> fx.Node | None:
+    nodes = [normalized_arguments(each)[name] for each in m.products]
+    if nodes[0] is None:
+        return None
+    tensors = [m.program.weights[str(each.target)] for each in nodes]
+    return m.constant(torch.cat(tensors), like=like, of=nodes)
