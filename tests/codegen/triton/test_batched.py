@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 import sparc
 from sparc.artifact import Artifact
 from sparc.codegen.triton.checking import random_operand, random_value
+from sparc.codegen.triton.choice import ByCost
 from sparc.codegen.triton.cubin import report, violations
 from sparc.codegen.triton.decoding import decoding_grid, generate_decoding
 from sparc.codegen.triton.generate import generate
@@ -24,11 +25,13 @@ from sparc.codegen.triton.prior import at, candidates, seconds
 from sparc.codegen.triton.problem import Access, Configuration, Epilogue, EpilogueInput, Problem, Prologue
 from sparc.codegen.triton.regimes import regimes
 from sparc.codegen.triton.site_weight import SiteWeight
+from sparc.codegen.triton.sites import Site
 from sparc.codegen.triton.sites import buffers as site_buffers
 from sparc.codegen.triton.tiles import WeightLowering
+from sparc.codegen.triton.tuning import Tuner, TuningCache
 from sparc.codegen.triton.weights.integer import IntegerWeight
 from sparc.cost import device_of
-from sparc.diag import SparcError
+from sparc.diag import Diagnostics, SparcError
 from sparc.encoding.base import Encoding
 from sparc.encoding.binary_code import BinaryCode
 from sparc.encoding.blocks import Blocks
@@ -348,3 +351,16 @@ def test_workspaces_of_a_batch_stay_within_bounds() -> None:
     for each in bounded:
         assert each.limit is not None
         assert scratch_sizes(problem, each.configuration, each.limit)[0] <= 1 << 26  # type: ignore[arg-type]
+
+
+def test_candidates_for_a_batch_are_timed(experts: Artifact) -> None:
+    asked = []
+
+    class Watched(Tuner):
+        def seconds(self, site: Site, configuration: Configuration | None, tokens: int) -> float:
+            asked.append(site.names)
+            return 1.0
+
+    tuner = Watched(TuningCache(Path(), "none"), Diagnostics())
+    ByCost(device_of(90), tuner=tuner)(sites(experts)["down"], 1, 64)
+    assert ("down",) in asked
