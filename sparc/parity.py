@@ -94,7 +94,7 @@ def check_sites(
         known = {node.name for node in baseline.entries[name].graph.nodes}
         classes: dict[tuple[Any, ...], fx.Node] = {}
         for anchor in changed_anchors(baseline, program, name):
-            if new_inputs(anchor, known):
+            if isinstance(anchor.meta["val"], Tensor) and new_inputs(anchor, known):
                 classes.setdefault((anchor.name,) if every else _site_class(anchor, known), anchor)
         sites = {a: site_program(program, entry, a, new_inputs(a, known)) for a in classes.values()}
         wanted = {name for _, feeds in sites.values() for name in feeds} | {anchor.name for anchor in sites}

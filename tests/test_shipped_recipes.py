@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import sparc
 from sparc.encoding.int_grid import IntGrid
 from sparc.passes.recipes import INT4, INT8
+from sparc.verify import relative_error
 
 
 class Language(nn.Module):
@@ -68,3 +69,25 @@ def test_w4_degrades_where_nothing_tells_sites_apart() -> None:
     artifact = sparc.compile(Choice(), (torch.randn(4, 32),), recipe="w4", measure=False)
     assert {row.encoding for row in artifact.ledger.sites} == {str(INT4)}
     assert any("no site is rounded to" in each.what for each in artifact.diagnostics)
+
+
+class Experts(nn.Module):
+    """Products with a batch of matrices, on all rows of an input whose size the result takes over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Parameter(torch.randn(3, 16, 24) / 4), nn.Parameter(torch.randn(3, 24, 16) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).expand(3, -1, -1)
+        return torch.bmm(torch.relu(torch.bmm(rows, self.inner)), self.outer).sum(0).view(x.shape)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-static"])
+def test_inputs_of_stacked_experts_are_quantized(recipe: str) -> None:
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    artifact = sparc.compile(Experts().eval(), {"x": x}, recipe=recipe, dynamic={"x": {1: "length"}}, measure=False)
+    assert "sparc.quantize" in artifact.program.text()
+    with torch.no_grad():
+        assert relative_error(Experts()(x), artifact(x)) < 0.05

@@ -25,14 +25,14 @@ def load(problem: Problem, single: bool, padded: bool) -> list[str]:
     if padded:
         masks.append(f"({column} < {problem.columns})")
     guard = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
-    policy = ', eviction_policy="evict_last"' if problem.access.kind == "rows" else ""
+    policy = ', eviction_policy="evict_last"' if problem.access.kind in ("rows", "batched") else ""
     lines = [f"value = tl.load(x + {address}{guard}{policy})"]
     return lines + _transform(problem, single, padded)
 
 
 def _address(access: Access, columns: int, column: str, token: str) -> tuple[str, str]:
     """Where an element lies, and when it exists; always, where that is empty."""
-    if access.kind == "rows":
+    if access.kind in ("rows", "batched"):
         return f"{token} * {columns} + {column}", ""
     batch, position = f"({token} // {access.positions})", f"({token} % {access.positions})"
     if access.kind == "channels":
@@ -102,7 +102,7 @@ def statistics(problem: Problem, single: bool) -> list[str]:
     Every program reads its tokens once more for it; they come from the cache, since all programs read the same.
     """
     prologue = problem.prologue
-    lines = [] if not single else ["token = 0"]
+    lines: list[str] = []
     if prologue.kind == "layer_norm":
         lines += _passes(problem, single, "mean", "features.to(tl.float32)", f"{{}} / {problem.columns}")
     if prologue.kind != "none":
@@ -132,7 +132,8 @@ def _passes(
     block = _CHUNK if single else _CHUNK_OF_TILE // 16
     chunk = min(block, 1 << (problem.columns - 1).bit_length())
     shape = f"{chunk}," if single else f"token.shape[0], {chunk}"
-    address = "feature" if single else f"token[:, None] * {problem.columns} + feature[None, :]"
+    first = f"token * {problem.columns} + " if problem.access.kind == "batched" else ""
+    address = f"{first}feature" if single else f"token[:, None] * {problem.columns} + feature[None, :]"
     exists = "" if problem.columns % chunk == 0 else f"feature < {problem.columns}"
     spread = "" if single else "[None, :]"
     guard = f", mask=({exists}){spread}, other=0.0" if exists else ""

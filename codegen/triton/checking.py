@@ -54,7 +54,8 @@ def _kind(operator: SiteOperator) -> str:
     problem = operator.site.problem
     shape = [each.configuration.block_tokens if each.configuration else 0 for each in operator.regimes]
     weight = problem.weights[0].key()
-    access = (problem.access.kind, problem.access.window.kernel if problem.access.window else ())
+    window = problem.access.window
+    access = (problem.access.kind, window.kernel if window else (), problem.access.shared)
     parts = (weight, problem.dtype, problem.prologue, problem.epilogue, access, shape, operator.site.parallel)
     return " ".join(map(str, parts))
 
@@ -136,11 +137,11 @@ def random_operand(
 
 def _weights(operator: SiteOperator, device: str) -> Sequence[Tensor]:
     """The dense weights by the encodings' own word, in their own layout."""
-    site, found = operator.site, []
-    for weight, lowering in zip(site.weights, site.problem.weights, strict=True):
-        dtype = getattr(torch, site.problem.dtype)
-        found.append(weight.encoding.decode(weight.parts, (lowering.rows, lowering.columns), dtype))
-    sources = operator.sources
+    site, sources = operator.site, operator.sources
+    dtype = getattr(torch, site.problem.dtype)
+    found = [weight.encoding.decode(weight.parts, weight.shape, dtype) for weight in site.weights]
     if site.parallel:
         found = list(found[0].split([source.meta["val"].shape[0] for source in sources]))
-    return [each.reshape(tuple(node.meta["val"].shape)).to(device) for each, node in zip(found, sources, strict=True)]
+    view = site.weights[0].view
+    shapes = [tuple(node.meta["val"].shape) for node in sources]
+    return [view.from_matrix(each, shape).to(device) for each, shape in zip(found, shapes, strict=True)]

@@ -32,8 +32,8 @@ class ByCost:
         """The ranges of the numbers of tokens from `low` to `high`, or without end."""
         key = (site.problem.key, low, high)
         if key not in self._chosen:
-            rows = site.problem.access.kind == "rows"  # images come whole: no number of tokens can be asked for
-            measure = partial(self._tuner.seconds, site) if self._tuner is not None and rows else None
+            free = site.problem.access.kind in ("rows", "batched")  # images come whole: no number can be asked for
+            measure = partial(self._tuner.seconds, site) if self._tuner is not None and free else None
             self._chosen[key] = regimes(site.problem, self._device, low, high, self._accept, measure)
         return self._chosen[key]
 

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from sparc.codegen.triton.generate import template
+from sparc.codegen.triton.generate import row_places, sizes, template
 from sparc.codegen.triton.kernel import Argument, Kernel
 from sparc.codegen.triton.problem import TRITON
 from sparc.codegen.triton.tiles import Tile, WeightLowering
@@ -11,21 +11,24 @@ _ROWS = 32
 _PLACEHOLDER = "__kernel__"
 
 
-def generate_decoding(weight: WeightLowering, dtype: str) -> Kernel:
-    """The kernel that writes `dense` `[rows, columns]`; one program for each block of rows.
+def generate_decoding(weight: WeightLowering, dtype: str, batch: int | None = None) -> Kernel:
+    """The kernel that writes `decoded` `[rows, columns]`; one program for each block of rows of one matrix.
 
-    What a sparse weight does not store is not written: `dense` holds zeros before.
+    What a sparse weight does not store is not written: `decoded` holds zeros before.
 
     Args:
         weight: the lowering.
         dtype: of the dense weight, as torch names it.
+        batch: the matrices that the rows belong to, where there is a batch of them.
     """
     height = weight.block_rows or _ROWS
-    tile = Tile("rows", "first", height, weight.unit, dtype, "tile")  # type: ignore[arg-type]
+    matrix = "matrix" if batch is not None else ""
+    tile = Tile("rows", "first", height, weight.unit, dtype, "tile", matrix=matrix)  # type: ignore[arg-type]
     code, loop = weight.decode(tile), weight.loop(tile)
     body = [*loop.lines, *code.setup]
     masks = [] if weight.padded_columns == weight.columns else [f"(column < {weight.columns})[None, :]"]
-    masks += [f"(own_rows < {weight.rows})[:, None]"] if weight.rows % height else []
+    own_height = weight.rows // (batch or 1)
+    masks += [f"(own_rows < {own_height})[:, None]"] if own_height % height else []
     guard = f", mask={' & '.join(masks)}" if masks else ""
     factors = f" * ({code.scale})[:, None]" if code.scale else ""
     for plane in code.planes:
@@ -33,21 +36,20 @@ def generate_decoding(weight: WeightLowering, dtype: str) -> Kernel:
         value = f"{plane.value}.to(tl.float32){factors}{own}" if factors or own else plane.value
         body += [f"column = {plane.columns}", *plane.lines]
         body.append(
-            f"tl.store(dense + rows[:, None] * {weight.columns} + column[None, :], ({value}).to(tl.{dtype}){guard})"
+            f"tl.store(decoded + rows[:, None] * {weight.columns} + column[None, :], ({value}).to(tl.{dtype}){guard})"
         )
     arguments = [
         *(Argument(each.name, f"*{each.type}", True) for each in weight.buffers),
-        Argument("dense", f"*{TRITON[dtype]}", True),
+        Argument("decoded", f"*{TRITON[dtype]}", True),
     ]
     source = template("decode.py.jinja").render(
         name=_PLACEHOLDER,
-        rows=weight.rows,
+        rows=sizes(own_height, batch or 1),
         columns=weight.columns,
         encoding=weight.key(),
         dtype=dtype,
         arguments=[argument.name for argument in arguments],
-        block_rows=height,
-        before=[*loop.before, *code.before],
+        before=[*row_places(weight, height, batch), *loop.before, *code.before],
         loop=[f"for step in range(0, {loop.steps}):"],
         body=body,
     )
@@ -55,6 +57,6 @@ def generate_decoding(weight: WeightLowering, dtype: str) -> Kernel:
     return Kernel(name, source.replace(_PLACEHOLDER, name), tuple(arguments), num_warps=4, num_stages=2)
 
 
-def decoding_grid(weight: WeightLowering) -> tuple[int, int, int]:
+def decoding_grid(weight: WeightLowering, batch: int = 1) -> tuple[int, int, int]:
     """How many programs are launched."""
-    return -(-weight.rows // (weight.block_rows or _ROWS)), 1, 1
+    return batch * -(-weight.rows // batch // (weight.block_rows or _ROWS)), 1, 1

@@ -7,9 +7,10 @@ def lines(problem: Problem, configuration: Configuration) -> list[str]:
     """Code that takes `product` (and `product_1`) to the output `y`."""
     single = configuration.block_tokens == 1
     epilogue = problem.epilogue
-    row, token = ("rows", "token") if single else ("rows[:, None]", "token[None, :]")
-    found = [f"place = {_place(problem.access, problem.rows, row, token)}"]
-    found += [_load(each, single) for each in epilogue.inputs]
+    row, token = ("matrix_rows", "output_token") if problem.access.kind == "batched" else ("rows", "token")
+    spread = ("", "") if single else ("[:, None]", "[None, :]")
+    found = [f"place = {_place(problem.access, problem.rows, row + spread[0], token + spread[1])}"]
+    found += [_load(each, token, single) for each in epilogue.inputs]
     found += epilogue.lines
     masks = []
     if problem.rows % configuration.block_rows:
@@ -21,14 +22,14 @@ def lines(problem: Problem, configuration: Configuration) -> list[str]:
 
 
 def _place(access: Access, rows: int, row: str, token: str) -> str:
-    if access.kind == "rows":
+    if access.kind in ("rows", "batched"):
         return f"{token} * {rows} + {row}"
     positions = access.positions
     return f"{token} // {positions} * {rows * positions} + {row} * {positions} + {token} % {positions}"
 
 
-def _load(each: EpilogueInput, single: bool) -> str:
-    address = {"feature": f"{each.name} + rows", "token": f"{each.name} + token", "full": f"{each.name} + place"}
+def _load(each: EpilogueInput, token: str, single: bool) -> str:
+    address = {"feature": f"{each.name} + rows", "token": f"{each.name} + {token}", "full": f"{each.name} + place"}
     spread = {"feature": "[:, None]", "token": "[None, :]"}.get(each.kind, "")
     loaded = f"tl.load({address.get(each.kind, each.name)})"
     wide = "" if each.dtype in ("float32", "bool", "int32", "int64") else ".to(tl.float32)"

@@ -1,6 +1,5 @@
 """What the cost model says of a whole entry, where there is no GPU to measure it on."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +45,7 @@ def _sizes(program: Program, tensors: Sequence[Tensor]) -> dict[str, int]:
 def _tokens(operator: SiteOperator, sizes: dict[str, int]) -> int:
     kind, access = operator.site.x.meta["val"], operator.site.problem.access
     known = [size if isinstance(size, int) else _value(size, sizes) for size in kind.shape]
-    return math.prod(known[:-1]) if access.kind == "rows" else known[0] * access.positions
+    return int(access.tokens(known))
 
 
 def _value(size: torch.SymInt, sizes: dict[str, int]) -> int:

@@ -10,7 +10,7 @@ from sparc.codegen.triton import activation, ending
 from sparc.codegen.triton.kernel import Argument, Kernel
 from sparc.codegen.triton.problem import TRITON, Configuration, Problem
 from sparc.codegen.triton.resources import expected
-from sparc.codegen.triton.tiles import Loop, Tile, TileCode
+from sparc.codegen.triton.tiles import Loop, Tile, TileCode, WeightLowering
 
 GROUPED = 8  # tiles of rows that neighbouring programs share their tokens' tiles with, where there are many tokens
 
@@ -59,6 +59,30 @@ def is_grouped(configuration: Configuration) -> bool:
     return configuration.block_tokens >= 64
 
 
+def row_places(weight: WeightLowering, block_rows: int, batch: int | None = None) -> list[str]:
+    """Code that defines `rows`, the program's rows, of which those beyond the end are the last one; `own_rows` are not
+    so limited. With a batch, the rows of one `matrix`, in which they are `matrix_rows`, as `own_rows` are.
+    """
+    height = weight.rows // (batch or 1)
+    block, name = "rows_block", "rows"
+    lines = []
+    if batch is not None:
+        tiles = -(-height // block_rows)
+        lines.append(f"matrix = rows_block // {tiles}")
+        block, name = f"rows_block % {tiles}", "matrix_rows"
+    lines.append(f"own_rows = {block} * {block_rows} + tl.arange(0, {block_rows})")
+    lines.append(f"{name} = own_rows" if height % block_rows == 0 else f"{name} = tl.minimum(own_rows, {height - 1})")
+    lines += [f"rows = matrix * {height} + matrix_rows"] if batch is not None else []
+    if weight.rows * weight.padded_columns >= 1 << 31:
+        lines.append("rows = rows.to(tl.int64)")
+    return lines
+
+
+def sizes(rows: int, batch: int) -> str:
+    """The rows of a weight, in words."""
+    return f"{rows} rows" if batch == 1 else f"{batch} matrices of {rows} rows"
+
+
 _PLACEHOLDER = "__kernel__"
 
 
@@ -73,7 +97,14 @@ class _Parts:
         scaled: Literal["tile", "product"] = "product" if by_product else "tile"
         self.tiles = [
             Tile(
-                "rows", "first", configuration.block_rows, configuration.block_columns, problem.product, scaled, suffix
+                "rows",
+                "first",
+                configuration.block_rows,
+                configuration.block_columns,
+                problem.product,
+                scaled,
+                suffix,
+                matrix="matrix" if problem.access.kind == "batched" else "",
             )
             for suffix in self.suffixes
         ]
@@ -101,12 +132,12 @@ class _Parts:
     def context(self) -> dict[str, object]:
         """What the template is rendered with."""
         problem, chosen = self.problem, self.configuration
-        tiles_of_rows = -(-problem.rows // chosen.block_rows)
+        tiles_of_rows = problem.tiles_of_rows(chosen.block_rows)
         shape = f"{chosen.block_rows}," if self.single else f"{chosen.block_rows}, {chosen.block_tokens}"
         width = {plane.width for code in self.codes for plane in code.planes}
         return {
             "equation": problem.equation,
-            "rows": problem.rows,
+            "rows": sizes(problem.rows, problem.access.batch),
             "columns": problem.columns,
             "encoding": problem.weights[0].key(),
             "product": problem.product,
@@ -135,16 +166,17 @@ class _Parts:
 
     def _places(self) -> list[str]:
         """Which rows and tokens the program has; those beyond the end are computed twice, and not stored."""
-        chosen, rows = self.configuration, self.problem.rows
-        lines = [f"own_rows = rows_block * {chosen.block_rows} + tl.arange(0, {chosen.block_rows})"]
-        lines.append("rows = own_rows" if rows % chosen.block_rows == 0 else f"rows = tl.minimum(own_rows, {rows - 1})")
-        if rows * self.problem.weights[0].padded_columns >= 1 << 31:
-            lines.append("rows = rows.to(tl.int64)")
+        chosen, access = self.configuration, self.problem.access
+        batch = access.batch if access.kind == "batched" else None
+        lines = row_places(self.problem.weights[0], chosen.block_rows, batch)
+        token = "0"
         if not self.single:
-            lines += [
-                f"own_tokens = tokens_block * {chosen.block_tokens} + tl.arange(0, {chosen.block_tokens})",
-                "token = tl.minimum(own_tokens, tokens - 1)",
-            ]
+            lines.append(f"own_tokens = tokens_block * {chosen.block_tokens} + tl.arange(0, {chosen.block_tokens})")
+            token = "tl.minimum(own_tokens, tokens - 1)"
+        lines.append(f"token = {token}")
+        if batch is not None:
+            lines.append("output_token = matrix" if self.single else "output_token = matrix * tokens + token")
+            lines += [] if access.shared else ["token = output_token"]
         return lines
 
     def _before(self) -> list[str]:

@@ -29,7 +29,7 @@ class Scratch:
 
 def tiles(problem: Problem, configuration: Configuration, tokens: int) -> tuple[int, int]:
     """Tiles of rows and tiles of tokens."""
-    return -(-problem.rows // configuration.block_rows), -(-tokens // configuration.block_tokens)
+    return problem.tiles_of_rows(configuration.block_rows), -(-tokens // configuration.block_tokens)
 
 
 def grid(problem: Problem, configuration: Configuration, tokens: int) -> tuple[int, int, int]:

@@ -79,7 +79,9 @@ class SiteOperator:
         """The kernels that decode the weights into memory, where a regime wants that and they are encoded."""
         if all(regime.configuration is not None for regime in self.regimes):
             return ()
-        return tuple(generate_decoding(weight, self.site.problem.dtype) for weight in self.site.problem.weights)
+        problem = self.site.problem
+        batch = problem.access.batch if problem.access.kind == "batched" else None
+        return tuple(generate_decoding(weight, problem.dtype, batch) for weight in problem.weights)
 
     @property
     def digest(self) -> str:
@@ -110,10 +112,7 @@ class SiteOperator:
     # running ----------------------------------------------------------------------------------------------------------
     def tokens(self, x: Tensor) -> int:
         """How many tokens an activation has."""
-        access = self.site.problem.access
-        if access.kind == "rows":
-            return math.prod(x.shape[:-1])
-        return x.shape[0] * access.positions
+        return int(self.site.problem.access.tokens(x.shape))
 
     def output(self, x: Tensor) -> Tensor:
         """An output for an activation, uninitialised."""
@@ -125,6 +124,8 @@ class SiteOperator:
         rows, access = self.site.problem.rows, self.site.problem.access
         if access.kind == "rows":
             return [*x.shape[:-1], rows]
+        if access.kind == "batched":
+            return [access.batch, x.shape[-2], rows]
         kind = self.site.result.meta["val"]
         return [x.shape[0], rows, *kind.shape[2:]]
 
@@ -150,7 +151,7 @@ class SiteOperator:
         configuration, kernel = self.regimes[index].configuration, self.kernels[index]
         if configuration is None or kernel is None:
             return self._by_torch(x, tensors, launch)
-        if max(x.numel(), tokens * self.site.problem.rows) >= _LIMIT:
+        if max(x.numel(), math.prod(self.output_shape(x))) >= _LIMIT:
             raise LoweringError(
                 codes.SHAPE_TOO_LARGE,
                 f"{tokens} tokens of {self.site.names[0]} are more than 32-bit indices reach",
@@ -189,10 +190,12 @@ class SiteOperator:
                 found.append(own[0])
                 continue
             dense = torch.zeros(weight.rows, weight.columns, dtype=getattr(torch, problem.dtype), device=own[0].device)
-            launch(kernel, decoding_grid(weight), [*own, dense])
+            launch(kernel, decoding_grid(weight, problem.access.batch), [*own, dense])
             found.append(dense)
         if self.site.parallel:
             found = list(found[0].split([source.meta["val"].shape[0] for source in self.sources]))  # type: ignore[union-attr]
+        if problem.access.kind == "batched":
+            return [each.view(problem.access.batch, problem.rows, problem.columns).mT for each in found]
         return [each.view(tuple(source.meta["val"].shape)) for each, source in zip(found, self.sources, strict=True)]  # type: ignore[union-attr]
 
     def _by_torch(self, x: Tensor, tensors: SiteTensors, launch: Launcher) -> Tensor:

@@ -57,8 +57,13 @@ def bare(problem: Problem) -> Problem:
 
 
 def _norm_seconds(problem: Problem, device: Device) -> sympy.Expr:
-    moved = 2 * TOKENS * problem.columns * BYTES[problem.dtype]
+    moved = 2 * TOKENS * _activations(problem) * problem.columns * BYTES[problem.dtype]
     return moved / device.bandwidth + device.launch + device.latency
+
+
+def _activations(problem: Problem) -> int:
+    """How many matrices have an activation of their own."""
+    return 1 if problem.access.shared else problem.access.batch
 
 
 def _configurations(problem: Problem, device: Device, tokens: int) -> Iterator[Configuration]:
@@ -94,7 +99,7 @@ def _split(problem: Problem, each: Configuration, device: Device) -> Configurati
     weight = problem.weights[0]
     if each.block_tokens > 64:
         return each
-    programs = -(-problem.rows // each.block_rows)
+    programs = problem.tiles_of_rows(each.block_rows)
     steps = weight.padded_columns // each.block_columns
     static = weight.loop(Tile("rows", "first", each.block_rows, each.block_columns, problem.product)).static
     wanted = max(1, min(2 * device.multiprocessors // programs, steps // 2, 16))
@@ -121,9 +126,10 @@ def seconds(problem: Problem, each: Configuration, device: Device) -> sympy.Expr
     anchors = len(problem.weights)
     weights = anchors * weight.rows * weight.columns
     tiles = sympy.ceiling(TOKENS / each.block_tokens)
-    programs = -(-weight.rows // each.block_rows) * tiles * each.split
+    programs = problem.tiles_of_rows(each.block_rows) * tiles * each.split
     activation = BYTES[problem.dtype]
-    moved = weights * cost.bits / 8 + TOKENS * (weight.columns + 2 * weight.rows) * activation
+    features = _activations(problem) * weight.columns + 2 * weight.rows
+    moved = weights * cost.bits / 8 + TOKENS * features * activation
     if each.split > 1:
         moved += 2 * 4 * each.split * tiles * each.block_tokens * weight.rows * anchors
     slots = cost.issue + (_VECTOR_SLOTS if each.block_tokens == 1 else _PRODUCT_SLOTS)

@@ -1,7 +1,9 @@
 """What a kernel is generated from: the product, what comes before and after it, and the configuration of the tiles."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from sparc.codegen.triton.kernel import Argument
 from sparc.codegen.triton.tiles import Product, WeightLowering
@@ -27,13 +29,24 @@ class Access:
         kind: `rows`: `[tokens, features]`, features contiguous. `channels`: `[batch, features, positions]`, positions
             contiguous, token `t` being position `t % positions` of batch `t // positions`. `window`: the image `[batch,
             channels, height, width]` of a convolution, whose column `c` is an element of the window (`Window`).
+            `batched`: `[batch, tokens, features]`, each for a matrix of its own; the output likewise.
         positions: of `channels` and `window`: positions of one output image.
         window: the convolution's geometry.
+        batch: of `batched`: matrices, whose rows the weight has below one another.
+        shared: of `batched`: whether all matrices read one activation, `[tokens, features]`.
     """
 
-    kind: Literal["rows", "channels", "window"] = "rows"
+    kind: Literal["rows", "channels", "window", "batched"] = "rows"
     positions: int = 1
     window: "Window | None" = None
+    batch: int = 1
+    shared: bool = False
+
+    def tokens(self, shape: Sequence[Any]) -> Any:
+        """How many tokens an activation of this shape, which may be symbolic, has for each matrix."""
+        if self.kind == "rows":
+            return math.prod(shape[:-1])
+        return shape[-2] if self.kind == "batched" else shape[0] * self.positions
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,8 @@ class EpilogueInput:
     Args:
         name: the argument's name.
         dtype: as torch names it.
-        kind: `feature` `[rows]`; `token` `[tokens]`; `full`, laid out like the output; `scalar`, one element.
+        kind: `feature` `[rows]`; `token` `[tokens]`; `full`, laid out like the output; `scalar`, one element. Where
+            there is a batch, `[batch, rows]` and `[batch, tokens]`.
         suffix: of the anchor whose rows it belongs to.
     """
 
@@ -141,7 +155,11 @@ class Problem:
     @property
     def rows(self) -> int:
         """Features of the output."""
-        return self.weights[0].rows
+        return self.weights[0].rows // self.access.batch
+
+    def tiles_of_rows(self, block_rows: int) -> int:
+        """Tiles that the rows of all matrices take; none has rows of two matrices."""
+        return self.access.batch * -(-self.rows // block_rows)
 
     @property
     def columns(self) -> int:

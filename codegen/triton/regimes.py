@@ -119,7 +119,7 @@ def _most_tokens(problem: Problem, configuration: Configuration | None) -> int:
     if configuration is None:
         return _ENDLESS
     if configuration.split > 1:
-        tile = problem.rows * configuration.split * len(problem.weights)
+        tile = problem.weights[0].rows * configuration.split * len(problem.weights)
         return max(_WORKSPACE // tile, configuration.block_tokens)
     return _ENDLESS if is_grouped(configuration) else _GRID * configuration.block_tokens
 

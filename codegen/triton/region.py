@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from sparc.analysis.values import same_shape, tensor_type
+from sparc.codegen.triton.access import BATCHED
 from sparc.codegen.triton.pointwise import is_pointwise
 from sparc.program import is_weight
 
@@ -100,9 +101,10 @@ def operand_kind(node: fx.Node, anchor: fx.Node) -> Any:
     if len(sizes) != wanted.ndim:
         return None
     others = [size for index, size in enumerate(sizes) if index != axis]
-    if same_shape([sizes[axis]], [wanted.shape[axis]]) and all(isinstance(each, int) and each == 1 for each in others):
-        return "feature"
     rest = [size for index, size in enumerate(wanted.shape) if index != axis]
+    one = [1] * len(rest) if anchor.target not in BATCHED else [rest[0], 1]  # of each matrix there are features
+    if same_shape([sizes[axis]], [wanted.shape[axis]]) and same_shape(others, one):
+        return "feature"
     return "token" if sizes[axis] == 1 and own.ndim == wanted.ndim and same_shape(others, rest) else None
 
 

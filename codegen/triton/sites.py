@@ -1,6 +1,5 @@
 """The products of a program that kernels are generated for, with what goes into each kernel."""
 
-import math
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,44 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparc.analysis.values import tensor_type
+from sparc.analysis.values import same_shape, shape_of, tensor_type
 from sparc.codegen.encoded import match_activation, match_encoded
 from sparc.codegen.triton import pointwise
-from sparc.codegen.triton.access import find_access
+from sparc.codegen.triton.access import BATCHED, find_access, is_shared
 from sparc.codegen.triton.lowerings import find_lowering
 from sparc.codegen.triton.norms import find_norm
 from sparc.codegen.triton.problem import Access, Epilogue, EpilogueInput, Problem, Prologue
 from sparc.codegen.triton.region import Tail, find_tail, only_read_by, operand_kind
+from sparc.codegen.triton.site_weight import SiteWeight
 from sparc.codegen.triton.tiles import LoweringType, WeightLowering
-from sparc.encoding.base import Encoding, Parts
 from sparc.encoding.blocks import Blocks
 from sparc.encoding.dense import Dense
 from sparc.encoding.float8 import Float8
 from sparc.encoding.operators import find_spec, is_decode, is_quantize
+from sparc.encoding.view import WeightView
 from sparc.program import Entry, Program, is_weight
 
 aten = torch.ops.aten
 
-_CONVOLUTIONS = (aten.conv2d.default,)
-
-
-@dataclass(frozen=True)
-class SiteWeight:
-    """The weight of one product, as a matrix.
-
-    Args:
-        names: the original weights' names; several when matrices were stacked.
-        encoding: how it is stored.
-        shape: `[rows, columns]`.
-        parts: the stored tensors.
-        source: the node whose value is the weight in its own layout.
-    """
-
-    names: tuple[str, ...]
-    encoding: Encoding
-    shape: tuple[int, int]
-    parts: Parts
-    source: fx.Node
+_VIEWS: Mapping[Any, str] = {  # how a product reads its weight
+    aten.linear.default: "matrix",
+    aten.conv2d.default: "conv",
+    **dict.fromkeys(BATCHED, "transposed"),
+}
 
 
 @dataclass(frozen=True)
@@ -144,10 +129,12 @@ class _Finder:
         self.claimed: set[fx.Node] = set()  # pointwise nodes that a kernel takes already
 
     def is_product(self, node: fx.Node) -> bool:
-        """A linear layer or a convolution with a stored weight."""
-        if node.op != "call_function" or node.target not in (aten.linear.default, *_CONVOLUTIONS):
+        """A linear layer, a convolution, or a product with a batch of matrices, with a stored weight."""
+        if node.op != "call_function" or node.target not in _VIEWS:
             return False
         weight = node.args[1]
+        if node.target in BATCHED and (not isinstance(weight, fx.Node) or weight.meta["val"].ndim != 3):
+            return False
         return is_weight(weight) or match_encoded(self.program, weight) is not None
 
     def sites(self, anchors: list[fx.Node]) -> Iterator[Site | Missed]:
@@ -186,19 +173,19 @@ class _Finder:
         source = anchor.args[1]
         assert isinstance(source, fx.Node)
         encoded = match_encoded(self.program, source)
-        convolution = anchor.target in _CONVOLUTIONS
+        view = WeightView(_VIEWS[anchor.target])
         if encoded is None:
             tensor = self.program.weights[str(source.target)]
             dtype = str(tensor.dtype).removeprefix("torch.")
             if dtype not in ("float16", "bfloat16", "float32"):
                 return Missed(anchor, str(source.target), f"its weight is {dtype}")
-            matrix = tensor.reshape(tensor.shape[0], -1)
-            shape = (int(matrix.shape[0]), int(matrix.shape[1]))
-            return SiteWeight((str(source.target),), Dense(dtype), shape, {"codes": matrix}, source)  # type: ignore[arg-type]
-        if str(encoded.view) != ("conv" if convolution else "matrix") or len(encoded.matrix_shape) != 2:
+            matrix = view.to_matrix(tensor)
+            parts = {"codes": matrix}
+            return SiteWeight((str(source.target),), Dense(dtype), tuple(matrix.shape), parts, source, view)  # type: ignore[arg-type]
+        shape = tuple(map(int, encoded.matrix_shape))
+        if encoded.view != view or len(shape) != (3 if anchor.target in BATCHED else 2):
             return Missed(anchor, encoded.site, f"its weight is read as {encoded.view}")
-        shape = (int(encoded.matrix_shape[0]), int(encoded.matrix_shape[1]))
-        return SiteWeight((encoded.site,), encoded.spec, shape, encoded.tensors(self.program), source)
+        return SiteWeight((encoded.site,), encoded.spec, shape, encoded.tensors(self.program), source, view)
 
     def _site(
         self, anchors: tuple[fx.Node, ...], weights: list[SiteWeight], readers: Sequence[fx.Node]
@@ -211,7 +198,9 @@ class _Finder:
         access = find_access(anchor)
         if isinstance(access, str):
             return Missed(anchor, name, access)
-        lowerings = [find_lowering(each.encoding, each.shape, each.parts, self.extensions) for each in weights]
+        lowerings = [
+            find_lowering(each.encoding, each.matrix_shape, each.matrix_parts, self.extensions) for each in weights
+        ]
         for lowering in lowerings:
             reason = lowering if isinstance(lowering, str) else lowering.accepts(dtype)  # type: ignore[arg-type]
             if reason:
@@ -221,6 +210,8 @@ class _Finder:
         self.claimed.update(tail.nodes)
         made: list[WeightLowering] = lowerings  # type: ignore[assignment]
         before = self._prologue(anchor, made[0], access, readers)
+        if access.kind == "batched":
+            before, access = _one_for_all(before, access)
         epilogue, operands = _epilogue(anchors, tail)
         problem = Problem(tuple(made), dtype, before.prologue, epilogue, access)
         inner = (*before.inner, *anchors, *tail.nodes)
@@ -231,7 +222,7 @@ class _Finder:
         """What the kernel does to the activation while it reads it."""
         x = anchor.args[0]
         assert isinstance(x, fx.Node)
-        if access.kind != "rows" or not only_read_by(x, readers):
+        if access.kind not in ("rows", "batched") or not only_read_by(x, readers):
             return _Before(Prologue(), x)
         quantized, source = self._quantized(x, weight)
         inner = (x,) if quantized else ()
@@ -258,6 +249,17 @@ class _Finder:
         if source is not None and weight.accepts("float8e4nv") is None and "float8e4nv" in self.products:
             return "float8e4nv", source
         return "", x
+
+
+def _one_for_all(before: _Before, access: Access) -> tuple[_Before, Access]:
+    """An activation that is repeated for every matrix is read once."""
+    x = before.x
+    source = x.args[0] if x.target is aten.expand.default else None
+    if not isinstance(source, fx.Node) or not is_shared(shape_of(source), access.batch):
+        return before, access
+    if not same_shape(shape_of(source)[-2:], shape_of(x)[-2:]):
+        return before, access
+    return replace(before, x=source, inner=(x, *before.inner)), replace(access, shared=True)
 
 
 def _float8_source(x: fx.Node) -> fx.Node | None:
@@ -345,7 +347,7 @@ def _stack(group: list[Site], extensions: Mapping[str, LoweringType]) -> Site:
     parts = {name: torch.cat([weight.parts[name] for weight in weights]) for name in weights[0].parts}
     shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
     names = tuple(name for weight in weights for name in weight.names)
-    merged = SiteWeight(names, weights[0].encoding, shape, parts, weights[0].source)
+    merged = replace(weights[0], names=names, shape=shape, parts=parts)
     lowering = find_lowering(merged.encoding, shape, parts, extensions)
     assert isinstance(lowering, WeightLowering)
     shared = len(first.problem.prologue.arguments)
@@ -365,15 +367,13 @@ def tokens_of(site: Site) -> Any:
     """How many tokens the site's activation has, as a number or a symbolic integer."""
     kind = tensor_type(site.x)
     assert kind is not None
-    if site.problem.access.kind == "rows":
-        return math.prod(kind.shape[:-1])
-    return kind.shape[0] * site.problem.access.positions
+    return site.problem.access.tokens(kind.shape)
 
 
 def buffers(site: Site) -> list[Tensor]:
     """The weights' tensors as the kernel reads them, in the kernel's order."""
     found: list[Tensor] = []
     for weight, lowering in zip(site.weights, site.problem.weights, strict=True):
-        laid: Mapping[str, Tensor] = lowering.layout(weight.parts)
+        laid: Mapping[str, Tensor] = lowering.layout(weight.matrix_parts)
         found += [laid[buffer.name] for buffer in lowering.buffers]
     return found

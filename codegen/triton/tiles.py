@@ -47,6 +47,8 @@ class Tile:
         stored_rows: an expression for the rows of the codes, where a mask stores other rows than the matrix has; empty
             where they are `rows`. Scales are always those of `rows`.
         stored_first: an expression for the first column in the codes, likewise; empty where it is `first`.
+        matrix: the name of the index of the matrix that the rows belong to, where the weight is a batch of matrices
+            whose rows are below one another; empty where it is one.
     """
 
     rows: str
@@ -58,6 +60,7 @@ class Tile:
     suffix: str = ""
     stored_rows: str = ""
     stored_first: str = ""
+    matrix: str = ""
 
     def entries(self, stride: int, codes: int = 1) -> str:
         """Where the tile's codes lie: offsets, int32 `[block_rows, block_columns / codes]`.

@@ -76,7 +76,7 @@ class QuantizeActivations(Pass):
         batches = context.statistics(group.x, "batches") if context.statistics is not None else None
         if not batches:
             return "token"
-        matrices = [site.view.to_matrix(program.weights[site.weight]) for site in group.sites]
+        matrices = [site.view.to_matrix(program.weights[site.weight]).flatten(0, -2) for site in group.sites]
         share = sum(site_work(site) for site in group.sites) / total
         return "token" if wants_token(output_errors(batches, matrices), share, self.price) else "tensor"
 

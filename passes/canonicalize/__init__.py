@@ -12,13 +12,14 @@ from sparc.passes.canonicalize.linear import LINEAR
 from sparc.passes.canonicalize.mask import MASK
 from sparc.passes.canonicalize.norm import NORM
 from sparc.passes.canonicalize.padding import PADDING
+from sparc.passes.canonicalize.product import PRODUCT
 from sparc.passes.canonicalize.rotary import ROTARY
 from sparc.passes.clean import MergeCommon, RemoveNoOps
 from sparc.passes.constants import FoldConstants
 from sparc.program import Program
 
 CLEAN: tuple[Pass, ...] = (RemoveNoOps(), FoldConstants(), MergeCommon())
-FORMS: tuple[Pass, ...] = (*LINEAR, *NORM, *ACTIVATION, *ROTARY, *ATTENTION, *MASK)
+FORMS: tuple[Pass, ...] = (*LINEAR, *PRODUCT, *NORM, *ACTIVATION, *ROTARY, *ATTENTION, *MASK)
 
 
 @dataclass(frozen=True)

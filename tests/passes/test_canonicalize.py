@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparc.passes.canonicalize import activation, attention, linear, norm, rotary
+from sparc.capture import capture
+from sparc.pass_base import PassContext
+from sparc.passes.canonicalize import activation, attention, linear, norm, product, rotary
 from sparc.testing import assert_mutants_caught, assert_pass
 
 
@@ -89,6 +91,44 @@ def test_form_is_raised(case):
     step, model, operator = FORMS[case]
     program, _ = assert_pass(step, model, (torch.randn(3, 4, 8),), dynamic={"x": {0: "batch", 1: "seq"}})
     assert operator in names(program)
+
+
+def einsum(equation, *shape):
+    return product.raise_einsum, Model(lambda m, x: torch.einsum(equation, x, m.w), w=shape)
+
+
+BATCHES = {
+    "baddbmm": (product.raise_baddbmm, Model(lambda m, x: torch.baddbmm(m.b, x, m.w), w=(3, 8, 5), b=(3, 1, 5))),
+    "einsum": einsum("etk,ekn->etn", 3, 8, 5),
+    "einsum, transposed weight": einsum("etk,enk->etn", 3, 5, 8),
+    "einsum, other order": einsum("etk, ekn -> nte", 3, 8, 5),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_products_with_a_batch_of_matrices_are_raised(case):
+    step, model = BATCHES[case]
+    program, _ = assert_pass(step, model, (torch.randn(3, 4, 8),), dynamic={"x": {1: "tokens"}})
+    assert {"bmm", "matmul"} & set(names(program))
+    assert not {"baddbmm", "einsum"} & set(names(program))
+
+
+@pytest.mark.parametrize("equation", ["tk,ekn->etn", "kt,ekn->tne"])
+def test_one_activation_meets_every_matrix(equation):
+    step, model = einsum(equation, 3, 8, 5)
+    axis = equation.index("t")
+    x = torch.randn(4, 8) if axis == 0 else torch.randn(8, 4)
+    program, _ = assert_pass(step, model, (x,), dynamic={"x": {axis: "tokens"}})
+    assert "matmul" in names(program)
+
+
+@pytest.mark.parametrize("equation", ["etk,ekn->tn", "etk,ekn->e", "btk,ekn->ebtn", "tke,ekn->ekn"])
+def test_other_sums_are_left_alone(equation):
+    step, model = einsum(equation, 3, 8, 5)
+    x = torch.randn(4, 8, 3) if equation.startswith("tke") else torch.randn(3, 4, 8)
+    program = capture(model, (x,))
+    step.run(program, PassContext())
+    assert "einsum" in names(program)
 
 
 @pytest.mark.parametrize("case", ["transposed", "two biases", "rms", "layer", "gelu", "tanh gelu", "silu"])

@@ -23,7 +23,9 @@ _PAIRED_BITS = 2
 
 
 class CodebookWeight(ScaledWeight):
-    """`table[code] * scale`, from words of codes. A further buffer: `table` float32 `[2**bits]`."""
+    """`table[code] * scale`, from words of codes. A further buffer: `table` float32 `[2**bits]`, one
+    after another where each matrix of a batch has its own.
+    """
 
     def __init__(self, encoding: Encoding, shape: Sequence[int], parts: Parts) -> None:
         """Args: see the class."""
@@ -63,7 +65,9 @@ class CodebookWeight(ScaledWeight):
     # code -----------------------------------------------------------------------------------------------------------
     def decode(self, tile: Tile) -> TileCode:
         """The table, read before the loop; then as others with a scale."""
-        table, end, entries = f"table{tile.suffix}", tile.suffix, 2**self.bits
+        end, entries = tile.suffix, 2**self.bits
+        own = f" + {tile.matrix} * {entries}" if tile.matrix and "table" in self.parts else ""
+        table = f"table{end}{own}"
         if self._paired(tile):
             each = f"tl.arange(0, {entries * entries})"
             bits = f".to(tl.{tile.product}).to(tl.int16, bitcast=True).to(tl.int32)"

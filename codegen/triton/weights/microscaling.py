@@ -7,6 +7,7 @@ scale of the whole matrix, multiply the sums.
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,8 +28,12 @@ class _MicroscalingWeight(CodedWeight):
     """`number * scale * whole`, from words of nibbles.
 
     Buffers: `codes`, as `CodedWeight` says; `scale` int32 `[rows, padded columns / (4 * block)]`, byte `p` of a word
-    being the scale of a block in plane `p`; `whole` float32 `[1]`.
+    being the scale of a block in plane `p`; `whole` float32 `[1]`, or one for each matrix.
+
+    Class attribute: `by_matrix`, whether each matrix of a batch has a `whole` of its own.
     """
+
+    by_matrix: ClassVar[bool] = False
 
     forbidden: tuple[str, ...] = ("I2F", "F2F")
     # A mask's lowering asks for tiles of kept columns, whose blocks are not those of the scales.
@@ -76,11 +81,11 @@ class _MicroscalingWeight(CodedWeight):
         planes = scale.reshape(self.rows, -1, _PLANES, self.unit // _PLANES // self.block).to(torch.int32)
         shift = torch.arange(_PLANES, device=scale.device).reshape(_PLANES, 1) * 8
         scale_words = (planes << shift).sum(2, dtype=torch.int32).reshape(self.rows, -1)
-        return super().layout(parts) | {"scale": scale_words, "whole": whole.reshape(1)}
+        return super().layout(parts) | {"scale": scale_words, "whole": whole.reshape(-1)}
 
     @abstractmethod
     def scales(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The blocks' bytes, uint8 `[rows, blocks]`, and the scale of the whole, one float32 number."""
+        """The blocks' bytes, uint8 `[rows, blocks]`, and the scale of the whole, or of each matrix, in float32."""
 
     # code -----------------------------------------------------------------------------------------------------------
     def decode(self, tile: Tile) -> TileCode:
@@ -90,7 +95,8 @@ class _MicroscalingWeight(CodedWeight):
         places += f" + ({tile.first} // {each} + tl.arange(0, {tile.block_columns // each}))[None, :]"
         setup = [*self.load(tile), f"scale_words{end} = tl.load(scale{end} + {places})"]
         factor = self.sums_factor(tile.product)
-        whole = f"tl.full(({tile.block_rows},), {factor!r}, tl.float32) * tl.load(whole{end})"
+        own = f" + {tile.matrix}" if tile.matrix and self.by_matrix else ""
+        whole = f"tl.full(({tile.block_rows},), {factor!r}, tl.float32) * tl.load(whole{end}{own})"
         return TileCode(tuple(self._plane(tile, plane) for plane in range(_PLANES)), setup=tuple(setup), scale=whole)
 
     def _plane(self, tile: Tile, plane: int) -> Plane:
@@ -155,6 +161,8 @@ class MXFP4Weight(_MicroscalingWeight):
 
 class NVFP4Weight(_MicroscalingWeight):
     """E4M3 floats, and a float32 scale of the whole."""
+
+    by_matrix = True
 
     @property
     def size(self) -> Group:

@@ -90,7 +90,7 @@ class StructuredWeight(WeightLowering):
     def layout(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Codes by their turn, masks in words."""
         of, n, m = self.mask.of, self.mask.n, self.mask.m
-        kept = of.unpack(parts["codes"], self.columns // m * n)
+        kept = of.unpack(parts["codes"], self.columns // m * n).flatten(0, -2)
         turns = kept.unflatten(-1, (-1, n)).permute(2, 0, 1).flatten(0, 1)
         inner = {name: parts[name] for name in of.part_names}
         inner["codes"] = of.pack(pad(turns, (0, self.groups - turns.shape[-1])))

@@ -81,6 +81,26 @@ class Convolutions(nn.Module):
         return self.head(self.grouped(x).mean((2, 3)))
 
 
+class Experts(nn.Module):
+    """Stacked experts `[experts, in, out]`, all of which read every token; a router weighs their results."""
+
+    def __init__(self, width: int = 48, inner: int = 40, experts: int = 3) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts)
+        self.gate = nn.Parameter(torch.randn(experts, width, inner) / width**0.5)
+        self.up = nn.Parameter(torch.randn(experts, width, inner) / width**0.5)
+        self.down = nn.Parameter(torch.randn(experts, inner, width) / inner**0.5)
+        self.bias = nn.Parameter(torch.randn(experts, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        shares = self.router(flat).softmax(-1).t().unsqueeze(-1)
+        each = flat.expand(len(self.gate), -1, -1)
+        inner = F.silu(torch.bmm(each, self.gate)) * torch.bmm(each, self.up)
+        result = torch.baddbmm(self.bias.unsqueeze(1), inner, self.down)
+        return (result * shares).sum(0).view(x.shape)
+
+
 def example(model: nn.Module) -> tuple[Tensor, ...]:
     """Inputs of one of these models, in half precision."""
     generator = torch.Generator().manual_seed(0)

@@ -29,13 +29,14 @@ from sparc.passes.recipes import prepare
 from sparc.passes.round import Round
 from sparc.target import EmitContext
 from sparc.verify import relative_error
-from tests.codegen.triton.models import Convolutions, Encoder, LanguageModel, build, example
+from tests.codegen.triton.models import Convolutions, Encoder, Experts, LanguageModel, build, example
 
 QUICK = {"verify_kernels": False}  # test_cubin and test_code judge machine code
 DYNAMIC: dict[type[nn.Module], Any] = {
     LanguageModel: {"ids": {1: "length"}},
     Encoder: {"x": {1: "length"}},
     Convolutions: {"image": {0: "batch"}},
+    Experts: {"x": {1: "length"}},
 }
 
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 
 import sparc
 from sparc.codegen.triton.emission import module_of
-from tests.codegen.triton.models import LanguageModel
+from tests.codegen.triton.models import Experts, LanguageModel, build
 from tests.codegen.triton.test_target import compiled, emission
 
 
@@ -53,6 +53,31 @@ def test_every_operator_knows_its_type(fake_gpu: FakeTensorMode) -> None:
     with fake_gpu:
         result = module(torch.empty(1, 1, dtype=torch.int64, device="cuda"))[0]
     assert (result.shape, result.dtype, result.device.type) == ((1, 1, 100), torch.float16, "cuda")
+
+
+class Sum(Experts):
+    """The sum of all experts' results."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = nn.functional.silu(torch.matmul(x, self.gate)) * torch.matmul(x, self.up)
+        return torch.baddbmm(self.bias.unsqueeze(1), inner, self.down).sum(0)
+
+
+def test_stacked_experts_are_kernels_that_the_compiler_sees(fake_gpu: FakeTensorMode) -> None:
+    model, x = build(Sum), torch.randn(5, 48).half()
+    options = {"verify_kernels": False}
+    artifact = sparc.compile(
+        model, (x,), recipe="w4", target="cuda:sm_90", dynamic={"x": {0: "length"}}, options=options
+    )
+    module = pretend(module_of(emission(artifact).lowered["forward"], "cpu"), fake_gpu)
+    with fake_gpu:
+        x = torch.empty(7, 48, dtype=torch.float16, device="cuda")
+        traced, _ = aot_export_module(module, [x], trace_joint=False)
+    calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_function")
+    assert calls["triton_kernel_wrapper_functional"] == 2
+    assert not any("mm" in name for name in calls)
+    (result,) = traced.graph.output_node().args[0]  # type: ignore[misc, union-attr]
+    assert result.meta["val"].shape == (7, 48)
 
 
 class Positions(nn.Module):
