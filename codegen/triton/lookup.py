@@ -65,7 +65,7 @@ def table(product: Product) -> list[str]:
 
 
 def total(name: str, pieces: int) -> str:
-    """Code that defines `name`, float32 `[pieces]`: the sums of `value`, by the pieces of `looked_up`."""
+    """Code that defines `name`, float32 `[pieces]`: the sums of `value`, by pieces (`add`)."""
     halves = min(pieces, _HALVES)
     runs = pieces // halves
     if pieces == 1:
@@ -90,20 +90,32 @@ def add(name: str, words: Sequence[str], factors: Sequence[str], block_rows: int
     """
     count, halves = 1 << (len(words) - 1).bit_length(), min(pieces, _HALVES)
     missing = count - len(words)
-    keys = [*map(_keys, words), *[f"tl.zeros(({block_rows}, {COLUMNS // 32}, 2, 2), tl.int32)"] * missing]
-    factors = [*factors, *[f"tl.zeros(({block_rows}, {pieces}), tl.float32)"] * missing]
-    places = f"{_joined(keys)}.reshape({block_rows * TABLES * count})"
+    keys = [*(f"{each}_keys" for each in words), *["no_keys"] * missing]
+    factors = [*factors, *["no_factors"] * missing]
     shape = f"{block_rows}, {pieces // halves}, {TABLES // pieces}, {halves}, {count}"
-    entries = f"tl.gather(table, {places}, 0).reshape({shape})"
-    factor = f"{_joined(factors)}.reshape({block_rows}, {pieces}, {count})"
-    return [f"{name} += tl.sum(tl.sum({entries}, 2).reshape({block_rows}, {pieces}, {count}) * {factor}, 2)"]
+    lines = [line for each in words for line in _keys(each)]
+    if missing:
+        lines.append(f"no_keys = tl.zeros(({block_rows}, {COLUMNS // 32}, 2, 2), tl.int32)")
+        lines.append(f"no_factors = tl.zeros(({block_rows}, {pieces}), tl.float32)")
+    return [
+        *lines,
+        f"entries = tl.gather(table, {_joined(keys)}.reshape({block_rows * TABLES * count}), 0)",
+        f"sums = tl.sum(entries.reshape({shape}), 2).reshape({block_rows}, {pieces}, {count})",
+        f"{name} += tl.sum(sums * {_joined(factors)}.reshape({block_rows}, {pieces}, {count}), 2)",
+    ]
 
 
-def _keys(words: str) -> str:
+def _keys(words: str) -> list[str]:
     """Where the entries lie that words choose, int32 `[block_rows, 8, 2, 2]`: in the order of their bytes."""
     base = f"tl.arange(0, {COLUMNS // 32})[None, :] * {4 * ENTRIES}"
-    found = [f"(({words} >> {8 * byte}) & {ENTRIES - 1}) + ({base} + {byte * ENTRIES})" for byte in range(4)]
-    return f"tl.join(tl.join({found[0]}, {found[2]}), tl.join({found[1]}, {found[3]}))"
+    low, second, third, high = (
+        f"(({words} >> {8 * byte}) & {ENTRIES - 1}) + ({base} + {byte * ENTRIES})" for byte in range(4)
+    )
+    return [
+        f"{words}_even = tl.join({low}, {third})",
+        f"{words}_odd = tl.join({second}, {high})",
+        f"{words}_keys = tl.join({words}_even, {words}_odd)",
+    ]
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -188,7 +188,10 @@ class BinaryCodeWeight(CodedWeight):
         piece = f"tl.arange(0, {pieces})"
         start = f" + {piece} % 2 * {lookup.COLUMNS // 2} + {piece} // 2 * {span}" if pieces > 1 else f" + {piece}"
         places = f"(({tile.first}{start}) // {self.size})[None, :] * {self.rows} + {tile.rows}[:, None]"
-        return [f"{each}_value{end} = tl.load({each}{end} + {places}).to(tl.float32)" for each in self.parameters]
+        return [
+            f"places{end} = {places}",
+            *(f"{each}_value{end} = tl.load({each}{end} + places{end}).to(tl.float32)" for each in self.parameters),
+        ]
 
     def lookup_cost(self, product: Product, block_rows: int) -> DecodeCost | None:
         """For each bit, and an eighth of a weight, a key, an entry and a sum; for all rows of a tile, the tables."""
