@@ -135,20 +135,23 @@ def seconds(problem: Problem, each: Configuration, device: Device) -> sympy.Expr
     anchors = len(problem.weights)
     weights = anchors * weight.rows * weight.columns
     tiles = sympy.ceiling(TOKENS / each.block_tokens)
-    programs = -(-weight.rows // each.block_rows) * tiles * each.split
+    tiles_of_rows = -(-weight.rows // each.block_rows)
+    programs = tiles_of_rows * tiles * each.split
+    # A tile's rows beyond the last one are computed as well.
+    computed = anchors * tiles_of_rows * each.block_rows * weight.columns * cost.density * tiles
     activation = BYTES[problem.dtype]
     moved = weights * cost.bits / 8 + TOKENS * (weight.columns + 2 * weight.rows) * activation
     if each.split > 1:
         moved += 2 * 4 * each.split * tiles * each.block_tokens * weight.rows * anchors
     slots = cost.issue + _slots_around(problem, each)
-    issued = weights * cost.density * slots * tiles / device.issue_rate
-    worked = weights * cost.density * cost.arithmetic * tiles / device.arithmetic_rate
+    issued = computed * slots / device.issue_rate
+    worked = computed * cost.arithmetic / device.arithmetic_rate
+    shared = computed * cost.shared / device.shared_rate
     wave = _stretch(programs, device)
-    shared = weights * cost.density * cost.shared * tiles / device.shared_rate
     work = [moved / (device.bandwidth * _REACHED), issued * wave, worked * wave, shared * wave]
     if each.block_tokens > 1:
         rate = device.flops[problem.product] * _FED.get(each.block_tokens, 0.65)
-        work.append(2 * weights * cost.density * tiles * each.block_tokens / rate * wave)
+        work.append(2 * computed * each.block_tokens / rate * wave)
     starting = device.launch + device.latency + (1.0e-6 if each.split > 1 else 0)
     return sympy.Max(*work, evaluate=False) + starting + _statistics(problem, each)
 
