@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.gpu_cases import CASES, Case, EncodedMatrix, can_pair, encode, exact, make_problem, normalise
 from benchmarks.gpu_launch import Compiler, Trial, said
 from sparc.codegen.triton.prior import candidates
+from sparc.codegen.triton.problem import Configuration
 from sparc.cost import Device
 
 # Half of what the last place of the result is worth, and what sums of products in these types add to it; a gated result
@@ -104,8 +105,10 @@ def _subjects_of(case: Case, matrices: tuple[EncodedMatrix, ...], device: Device
     height = 1 if tokens == 1 else next(each for each in (16, 32, 64, 128) if each >= tokens or each == 128)
     for norm, chosen in ((False, matrices[:1]), (True, matrices[: 2 if can_pair(case) else 1])):
         problem = make_problem(chosen, norm)
-        for candidate in candidates(problem, device, height)[:1]:
-            configuration = candidate.configuration
+        best: dict[str, Configuration] = {}
+        for candidate in candidates(problem, device, height):
+            best.setdefault(candidate.configuration.form, candidate.configuration)
+        for configuration in best.values():
             yield Subject(case, chosen, norm, Trial(problem, configuration, tokens))
             if configuration.split > 1:
                 unordered = replace(configuration, deterministic=False)

@@ -63,6 +63,11 @@ class Device:
         """Thread-instructions a second on the integer and logic units."""
         return self.multiprocessors * 64 * self.clock
 
+    @property
+    def shared_rate(self) -> float:
+        """Accesses of shared memory a second, by one thread each."""
+        return self.multiprocessors * 32 * self.clock
+
     def roofline(self, cost: Cost, product: str) -> sympy.Expr:
         """Seconds below which no kernel can do the work."""
         return sympy.Max(cost.bytes / self.bandwidth, cost.flops / self.flops[product])

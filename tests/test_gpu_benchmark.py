@@ -99,6 +99,13 @@ def test_a_wrong_kernel_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_every_form_is_checked() -> None:
+    cases = [case for case in CASES if case.name == "binary 3"]
+    subjects, _ = gpu_numerics.find_subjects(H100, "cpu", cases, (48, 256), (1,))
+    forms = [(subject.trial.configuration.form, subject.norm) for subject in subjects]
+    assert sorted(forms) == [("lookup", False), ("lookup", True), ("product", False), ("product", True)]
+
+
 def test_a_kernel_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([RuntimeError("boom\nmore"), None])
 

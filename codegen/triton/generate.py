@@ -6,7 +6,7 @@ from typing import Literal
 
 import jinja2
 
-from sparc.codegen.triton import activation, ending
+from sparc.codegen.triton import activation, ending, lookup
 from sparc.codegen.triton.kernel import Argument, Kernel
 from sparc.codegen.triton.problem import TRITON, Configuration, Problem
 from sparc.codegen.triton.resources import expected
@@ -92,6 +92,7 @@ class _Parts:
     def __init__(self, problem: Problem, configuration: Configuration) -> None:
         self.problem, self.configuration = problem, configuration
         self.single = configuration.block_tokens == 1
+        self.lookup = configuration.form == "lookup"
         self.suffixes = ["", *(f"_{index}" for index in range(1, len(problem.weights)))]
         by_product = configuration.block_tokens <= 16 or problem.product in ("int8", "float8e4nv")
         scaled: Literal["tile", "product"] = "product" if by_product else "tile"
@@ -109,7 +110,9 @@ class _Parts:
             for suffix in self.suffixes
         ]
         pairs = zip(problem.weights, self.tiles, strict=True)
-        self.codes: list[TileCode] = [weight.decode(tile) for weight, tile in pairs]
+        self.codes: list[TileCode] = [
+            weight.lookup(tile) if self.lookup else weight.decode(tile) for weight, tile in pairs
+        ]
         self.loop: Loop = problem.weights[0].loop(self.tiles[0])
         self.integer = problem.product == "int8" and not any(
             plane.scale for code in self.codes for plane in code.planes
@@ -140,7 +143,7 @@ class _Parts:
             "rows": sizes(problem.rows, problem.access.batch),
             "columns": problem.columns,
             "encoding": problem.weights[0].key(),
-            "product": problem.product,
+            "product": f"{problem.product}, looked up" if self.lookup else problem.product,
             "name": _PLACEHOLDER,
             "arguments": [argument.name for argument in self.arguments],
             "single_token": self.single,
@@ -182,6 +185,7 @@ class _Parts:
     def _before(self) -> list[str]:
         lines = activation.statistics(self.problem, self.single)
         lines += self.loop.before
+        lines += lookup.before(self.problem.product) if self.lookup else []
         if self.configuration.split > 1:
             lines.append("part = tl.program_id(1)")
         return [*lines, *(line for code in self.codes for line in code.before)]
@@ -197,17 +201,20 @@ class _Parts:
         return [f"for iteration in range(0, {each}):", f"    step = part * {each} + iteration"]
 
     def _body(self) -> list[str]:
-        """Decode, read, multiply: plane by plane."""
+        """Read, decode, multiply, plane by plane; or read, make tables, look up."""
         lines = [*self.loop.lines, *(line for code in self.codes for line in code.setup)]
         padded = self.problem.weights[0].padded_columns != self.problem.columns
         for index, plane in enumerate(self.codes[0].planes):
             lines += [f"column = {plane.columns}", *activation.load(self.problem, self.single, padded)]
+            lines += lookup.table(self.problem.product) if self.lookup else []
             for code, suffix in zip(self.codes, self.suffixes, strict=True):
                 piece = code.planes[index]
                 lines += [*piece.lines, self._multiply(f"sum{suffix}", piece.value, piece.scale)]
         return lines
 
     def _multiply(self, total: str, value: str, scale: str) -> str:
+        if self.lookup:
+            return f"{total} += {value}"
         if self.single:
             product = f"{value}.to(tl.float32) * value.to(tl.float32)[None, :]"
             return f"{total} += {product} * {scale}[:, None]" if scale else f"{total} += {product}"

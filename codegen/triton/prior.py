@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import sympy
 
+from sparc.codegen.triton import lookup
 from sparc.codegen.triton.problem import Configuration, Problem, Prologue
 from sparc.codegen.triton.tiles import Product, Tile
 from sparc.cost import Device
@@ -23,6 +24,7 @@ BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "float8e4nv": 1}
 SKINNY = 16  # tokens up to which a normalisation is worth computing again in every program
 _PRODUCT_SLOTS = 0.6  # instructions that reading a tile and feeding it to tensor cores take, for one weight
 _VECTOR_SLOTS = 4.0  # instructions that one weight takes where there are no tensor cores
+_LOOKUP_HEIGHTS = (128, 256)
 _NORM_SLOTS = 5.0  # instructions that normalising takes for one element of a tile of tokens
 _REACHED = 0.85  # of the memory's bandwidth, by a kernel that reads weights
 _FED = {8: 0.15, 16: 0.35, 32: 0.5, 64: 0.6, 128: 0.65}  # of the tensor cores' rate, by tokens of a tile
@@ -71,6 +73,8 @@ def _configurations(problem: Problem, device: Device, tokens: int) -> Iterator[C
     weight = problem.weights[0]
     if tokens == 1 and problem.product not in ("float16", "bfloat16", "float32"):
         return
+    if tokens == 1 and weight.lookup_cost(problem.product, _LOOKUP_HEIGHTS[0]):
+        yield from _lookups(problem, device)
     heights = [weight.block_rows] if weight.block_rows else [16, 32] if tokens == 1 else [64, 128]
     for height in heights:
         for depth in _depths(problem, tokens):
@@ -80,6 +84,14 @@ def _configurations(problem: Problem, device: Device, tokens: int) -> Iterator[C
                 if shared_bytes(problem, each) <= device.shared_bytes:
                     yield _split(problem, each, device)
                     break
+
+
+def _lookups(problem: Problem, device: Device) -> Iterator[Configuration]:
+    """The form that looks sums up: the more rows share tables, the fewer programs there are."""
+    for height in _LOOKUP_HEIGHTS:
+        each = Configuration(1, height, lookup.COLUMNS, 1, height // 32, 2, form="lookup")
+        if shared_bytes(problem, each) <= device.shared_bytes:
+            yield _split(problem, each, device)
 
 
 def _depths(problem: Problem, tokens: int) -> list[int]:
@@ -110,6 +122,8 @@ def _split(problem: Problem, each: Configuration, device: Device) -> Configurati
 def shared_bytes(problem: Problem, each: Configuration) -> int:
     """Shared memory of a program: the tiles that are under way, and room to change the product's layout."""
     weight = problem.weights[0]
+    if each.form == "lookup":
+        return lookup.shared_bytes(BYTES[problem.product])
     bits = weight.cost(problem.product).bits / max(weight.cost(problem.product).density, 1e-6)
     of_weights = len(problem.weights) * each.block_rows * each.block_columns * min(bits, 32) / 8
     of_tokens = each.block_tokens * each.block_columns * BYTES[problem.product]
@@ -122,28 +136,41 @@ def shared_bytes(problem: Problem, each: Configuration) -> int:
 def seconds(problem: Problem, each: Configuration, device: Device) -> sympy.Expr:
     """The time of a kernel on a device, as an expression in `TOKENS`."""
     weight = problem.weights[0]
-    cost = weight.cost(problem.product)
+    cost = problem.cost(each)
     anchors = len(problem.weights)
     weights = anchors * weight.rows * weight.columns
     tiles = sympy.ceiling(TOKENS / each.block_tokens)
-    programs = problem.tiles_of_rows(each.block_rows) * tiles * each.split
+    tiles_of_rows = problem.tiles_of_rows(each.block_rows)
+    programs = tiles_of_rows * tiles * each.split
+    # A tile's rows beyond the last one are computed as well.
+    computed = anchors * tiles_of_rows * each.block_rows * weight.columns * cost.density * tiles
     activation = BYTES[problem.dtype]
     features = _activations(problem) * weight.columns + 2 * weight.rows
     moved = weights * cost.bits / 8 + TOKENS * features * activation
     if each.split > 1:
         moved += 2 * 4 * each.split * tiles * each.block_tokens * weight.rows * anchors
-    slots = cost.issue + (_VECTOR_SLOTS if each.block_tokens == 1 else _PRODUCT_SLOTS)
-    if problem.prologue.kind != "none":
-        slots += _NORM_SLOTS * (2 if each.block_tokens == 1 else each.block_tokens / each.block_rows)
-    issued = weights * cost.density * slots * tiles / device.issue_rate
-    worked = weights * cost.density * cost.arithmetic * tiles / device.arithmetic_rate
+    slots = cost.issue + _slots_around(problem, each)
+    issued = computed * slots / device.issue_rate
+    worked = computed * cost.arithmetic / device.arithmetic_rate
+    shared = computed * cost.shared / device.shared_rate
     wave = _stretch(programs, device)
-    work = [moved / (device.bandwidth * _REACHED), issued * wave, worked * wave]
+    work = [moved / (device.bandwidth * _REACHED), issued * wave, worked * wave, shared * wave]
     if each.block_tokens > 1:
         rate = device.flops[problem.product] * _FED.get(each.block_tokens, 0.65)
-        work.append(2 * weights * cost.density * tiles * each.block_tokens / rate * wave)
+        work.append(2 * computed * each.block_tokens / rate * wave)
     starting = device.launch + device.latency + (1.0e-6 if each.split > 1 else 0)
     return sympy.Max(*work, evaluate=False) + starting + _statistics(problem, each)
+
+
+def _slots_around(problem: Problem, each: Configuration) -> float:
+    """Instructions for one weight beside those of its form."""
+    if each.form == "lookup":
+        product, norms = 0.0, 2 / each.block_rows
+    elif each.block_tokens == 1:
+        product, norms = _VECTOR_SLOTS, 2.0
+    else:
+        product, norms = _PRODUCT_SLOTS, each.block_tokens / each.block_rows
+    return product + (_NORM_SLOTS * norms if problem.prologue.kind != "none" else 0.0)
 
 
 def _stretch(programs: sympy.Expr, device: Device) -> sympy.Expr:

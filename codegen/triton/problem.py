@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sparc.codegen.triton.kernel import Argument
-from sparc.codegen.triton.tiles import Product, WeightLowering
+from sparc.codegen.triton.tiles import DecodeCost, Product, WeightLowering
 
 TRITON = {
     "float16": "fp16",
@@ -182,6 +182,15 @@ class Problem:
         weights = tuple((each.key(), each.rows, each.columns, each.cost(self.product)) for each in self.weights)
         return (weights, self.dtype, self.prologue, self.epilogue, self.access)
 
+    def cost(self, configuration: "Configuration") -> DecodeCost:
+        """What a weight takes in a configuration's form."""
+        weight = self.weights[0]
+        if configuration.form == "product":
+            return weight.cost(self.product)
+        found = weight.lookup_cost(self.product, configuration.block_rows)
+        assert found is not None
+        return found
+
     @property
     def product(self) -> Product:
         """The type in which tiles are multiplied."""
@@ -201,6 +210,8 @@ class Configuration:
         num_stages: depth of the software pipeline.
         deterministic: whether split sums are added in a fixed order, through a workspace of one tile for each program;
             otherwise they are added as they come, with atomics.
+        form: `product`, of decoded tiles; `lookup`, of one token, by sums that are looked up
+            (`sparc.codegen.triton.lookup`), where the weight offers it.
     """
 
     block_tokens: int = 16
@@ -210,3 +221,4 @@ class Configuration:
     num_warps: int = 4
     num_stages: int = 3
     deterministic: bool = True
+    form: Literal["product", "lookup"] = "product"

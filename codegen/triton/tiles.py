@@ -143,12 +143,14 @@ class DecodeCost:
         issue: instructions.
         arithmetic: those of them on the integer and logic units.
         density: the share of the matrix that is read and multiplied.
+        shared: accesses of shared memory, one that waits for others of its bank counted once for each.
     """
 
     bits: float
     issue: float
     arithmetic: float
     density: float = 1.0
+    shared: float = 0.0
 
 
 class WeightLowering(ABC):
@@ -160,7 +162,8 @@ class WeightLowering(ABC):
     Attributes: `forbidden`, beginnings of machine instructions that the main loop must not hold; `maskable`, whether
     its codes may be stored otherwise than the matrix's rows, as masks need it: the layout follows `stored_columns`, and
     the code reads where `Tile.entries` says; `stored_columns`, the columns of a stored row of codes, which a mask sets
-    where they are not the matrix's; `narrow`, which a mask sets where units are to be no wider than they must be.
+    where they are not the matrix's; `masked`, which a mask sets; `narrow`, which a mask sets where units are to be no
+    wider than they must be.
     """
 
     forbidden: tuple[str, ...] = ()
@@ -171,7 +174,7 @@ class WeightLowering(ABC):
         self.encoding, self.parts = encoding, parts
         self.rows, self.columns = int(shape[-2]), int(shape[-1])
         self.stored_columns = self.columns
-        self.narrow = False
+        self.masked = self.narrow = False
 
     @abstractmethod
     def accepts(self, product: Product) -> str | None:
@@ -228,6 +231,23 @@ class WeightLowering(ABC):
     @abstractmethod
     def cost(self, product: Product) -> DecodeCost:
         """What it takes."""
+
+    def lookup(self, tile: Tile) -> TileCode:
+        """The code of the form that looks sums up (`sparc.codegen.triton.lookup`), where `lookup_cost` offers it.
+
+        It has one plane, whose columns are `[16, 16]` and whose value, float32 `[block_rows, width]`, is added to the
+        product: it is made of the entries of `table`, and of the activation's `value`.
+        """
+        raise NotImplementedError
+
+    def lookup_cost(self, product: Product, block_rows: int) -> DecodeCost | None:
+        """What that form takes, its tables included; None, by default, where there is none.
+
+        Args:
+            product: the activation's type, in which tables are made.
+            block_rows: rows of a tile, which share them.
+        """
+        return None
 
     def key(self) -> str:
         """What the generated code depends on, beside the shape: the encoding, as text."""

@@ -49,6 +49,16 @@ def pack(codes: Tensor, bits: int, unit: int) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(1)
 
 
+def in_runs(codes: Tensor, unit: int, run: int) -> Tensor:
+    """Codes `[rows, columns]` in another order, so that eight planes of 1-bit codes take turns: `run` columns each.
+
+    A byte of words is then of `8 * run` neighbouring columns. What `pack` makes of this order, `plane_columns` knows by
+    `run`.
+    """
+    split = codes.reshape(codes.shape[0], codes.shape[1] // unit, 2, -1, 8, run)
+    return split.transpose(3, 4).flatten(1)
+
+
 def load_words(tile: Tile, buffer: str, columns: int, bits: int) -> list[str]:
     """Code that defines `words`, int32 `[block_rows, block_columns * bits / 32]`.
 
@@ -63,7 +73,9 @@ def load_words(tile: Tile, buffer: str, columns: int, bits: int) -> list[str]:
     return [f'{buffer}_words{end} = tl.load({buffer}{end} + {places}, eviction_policy="evict_first")']
 
 
-def plane_columns(tile: Tile, unit: int, bits: int, plane: int, name: str) -> tuple[str, sympy.Expr, index.Indices]:
+def plane_columns(
+    tile: Tile, unit: int, bits: int, plane: int, name: str, run: int | None = None
+) -> tuple[str, sympy.Expr, index.Indices]:
     """The columns of a plane.
 
     Args:
@@ -72,6 +84,7 @@ def plane_columns(tile: Tile, unit: int, bits: int, plane: int, name: str) -> tu
         bits: of a code.
         plane: which one.
         name: of the index that runs over the plane's columns.
+        run: of 1-bit codes, how many neighbours of a plane are neighbours in the matrix (`in_runs`); all by default.
 
     Returns:
         The expression as text, the expression, and what is known of its symbols.
@@ -81,7 +94,11 @@ def plane_columns(tile: Tile, unit: int, bits: int, plane: int, name: str) -> tu
     total = tile.block_columns * bits // 16
     position = indices.symbol(name, 0, total - 1)
     first = next(symbol for symbol in indices.bounds if symbol.name == tile.first)
-    columns = first + unit * indices.divide(position, width) + plane * width + indices.modulo(position, width)
+    start, within = plane * width, indices.modulo(position, width)
+    if run is not None:
+        start = plane // 8 * 8 * width + plane % 8 * run
+        within = 8 * run * indices.divide(within, run) + indices.modulo(within, run)
+    columns = first + unit * indices.divide(position, width) + start + within
     return index.text(columns), columns, indices
 
 

@@ -34,6 +34,7 @@ class BlockSparseWeight(WeightLowering):
         inner_parts = {name: parts[name] for name in self.mask.of.part_names}
         self.inner = inner_of(self.mask.of, (self.rows, self.padded_columns), inner_parts)
         self.inner.stored_columns = self.unit
+        self.inner.masked = True
         self.forbidden = self.inner.forbidden
 
     def accepts(self, product: Product) -> str | None:

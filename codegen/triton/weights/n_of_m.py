@@ -36,9 +36,9 @@ class StructuredWeight(WeightLowering):
         self.inner_encoding = self._of_groups()
         inner_parts = {name: parts[name] for name in self.mask.of.part_names}
         self.inner = inner_of(self.inner_encoding, (self.rows, self.columns // self.mask.m), inner_parts)
-        self.inner.narrow = True
+        self.inner.masked = self.inner.narrow = True
         self.inner = inner_of(self.inner_encoding, (self.rows, self.groups), inner_parts)
-        self.inner.narrow = True
+        self.inner.masked = self.inner.narrow = True
         self.forbidden = self.inner.forbidden
 
     def _of_groups(self) -> Encoding:
