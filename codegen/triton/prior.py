@@ -18,7 +18,7 @@ from sparc.codegen.triton.tiles import Product, Tile
 from sparc.cost import Device
 
 TOKENS = sympy.Symbol("tokens", integer=True, positive=True)
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "float8e4nv": 1}
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "uint8": 1, "float8e4nv": 1}
 
 SKINNY = 16  # tokens up to which a normalisation is worth computing again in every program
 _PRODUCT_SLOTS = 0.6  # instructions that reading a tile and feeding it to tensor cores take, for one weight
@@ -122,8 +122,8 @@ def seconds(problem: Problem, each: Configuration, device: Device) -> sympy.Expr
     weights = anchors * weight.rows * weight.columns
     tiles = sympy.ceiling(TOKENS / each.block_tokens)
     programs = -(-weight.rows // each.block_rows) * tiles * each.split
-    activation = BYTES[problem.dtype]
-    moved = weights * cost.bits / 8 + TOKENS * (weight.columns + 2 * weight.rows) * activation
+    written = min(BYTES[problem.dtype], BYTES[problem.epilogue.dtype])
+    moved = weights * cost.bits / 8 + TOKENS * (weight.columns * BYTES[problem.read] + 2 * weight.rows * written)
     if each.split > 1:
         moved += 2 * 4 * each.split * tiles * each.block_tokens * weight.rows * anchors
     slots = cost.issue + (_VECTOR_SLOTS if each.block_tokens == 1 else _PRODUCT_SLOTS)
@@ -148,7 +148,8 @@ def _stretch(programs: sympy.Expr, device: Device) -> sympy.Expr:
 
 def _statistics(problem: Problem, each: Configuration) -> float:
     """What reading the tokens once more takes, before the loop."""
-    passes = {"none": 0, "rms_norm": 1, "layer_norm": 2}[problem.prologue.kind] + bool(problem.prologue.quantized)
+    passes = {"none": 0, "rms_norm": 1, "layer_norm": 2}[problem.prologue.kind] 
+    passes += bool(problem.prologue.quantized) and not problem.prologue.codes
     bytes_read = passes * problem.columns * each.block_tokens * BYTES[problem.dtype]
     return passes * 1.0e-6 + bytes_read / 50e9
 

@@ -59,6 +59,19 @@ class IntegerWeight(CodedWeight):
         """The codes, from 0."""
         return self.grid.unpack(parts["codes"], self.stored_columns).to(torch.int16) - self.grid.low
 
+    @property
+    def integer_sums(self) -> bool:
+        """Where a row has one scale."""
+        return self.groups.constant
+
+    def row_sums(self) -> Tensor:
+        """Of codes less their zero points, where a row has one scale."""
+        if not self.integer_sums:
+            return super().row_sums()
+        numbers = self.grid.unpack(self.parts["codes"], self.columns).to(torch.int32)
+        zero = 0 if self.grid.symmetric else self.parts["zero"].to(torch.int32)
+        return (numbers - zero).sum(1, dtype=torch.int32)
+
     # code -----------------------------------------------------------------------------------------------------------
     def decode(self, tile: Tile) -> TileCode:
         """Two codes at a time, with the scale of the group where one serves the plane."""
