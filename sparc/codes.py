@@ -298,6 +298,11 @@ INTERPRETED = Code(
     "slower; times in the report are the cost model's estimates.",
     "load the artifact on a machine with the GPU",
 )
+FLOAT_PRODUCT = Code(
+    "SPARC414",
+    "a quantized activation is multiplied in floats",
+    "No generated kernel multiplies its codes in integers. They are decoded first, and the product is one of floats.",
+)
 
 # 5xx: artifacts -----------------------------------------------------------------------------------------------------
 ARTIFACT_MISSING_FILE = Code(

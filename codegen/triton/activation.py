@@ -41,7 +41,7 @@ def _beyond(problem: Problem, column: str, padded: bool) -> str:
         return "0"
     if problem.access.kind != "window":
         return str(MIDDLE)
-    return f"tl.where({column} < {problem.columns}, zero, {MIDDLE})" if padded else "zero"
+    return f"tl.where({column} < {problem.columns}, x_zero_code, {MIDDLE})" if padded else "x_zero_code"
 
 
 def _address(access: Access, columns: int, column: str, token: str) -> tuple[str, str]:
@@ -135,10 +135,10 @@ def statistics(problem: Problem, single: bool) -> list[str]:
 
 
 def _static_parameters(prologue: Prologue) -> list[str]:
-    """`x_scale_value`; of unsigned codes, `zero`, and `offset`: what zero is among the numbers that are multiplied."""
+    """`x_scale_value`; of unsigned codes, `x_zero_code` and `x_offset`, the number that it is multiplied as."""
     lines = ["x_scale_value = tl.load(x_scale).to(tl.float32)"]
     if prologue.codes == "uint8":
-        lines += ["zero = tl.load(x_zero)", f"offset = zero.to(tl.int32) - {MIDDLE}"]
+        lines += ["x_zero_code = tl.load(x_zero)", f"x_offset = x_zero_code.to(tl.int32) - {MIDDLE}"]
     return lines
 
 

@@ -90,7 +90,9 @@ class _Parts:
         problem = self.problem
         found = [Argument("x", f"*{TRITON[problem.read]}", aligned=True)]
         for weight, suffix in zip(problem.weights, self.suffixes, strict=True):
-            found += [Argument(buffer.name + suffix, f"*{buffer.type}", aligned=True) for buffer in problem.buffers(weight)]
+            found += [
+                Argument(buffer.name + suffix, f"*{buffer.type}", aligned=True) for buffer in problem.buffers(weight)
+            ]
         found += problem.prologue.arguments
         found += [Argument(each.name, f"*{TRITON[each.dtype]}", True) for each in problem.epilogue.inputs]
         found.append(Argument("y", f"*{TRITON[problem.epilogue.dtype]}", aligned=True))
@@ -192,10 +194,10 @@ class _Parts:
         lines = []
         spread = "" if self.single else "[:, None]"
         if self.problem.prologue.codes == "uint8" and self.configuration.split > 1:
-            lines.append("offset = tl.where(part == 0, offset, 0)")
+            lines.append("x_offset = tl.where(part == 0, x_offset, 0)")
         for weight, code, suffix in zip(self.problem.weights, self.codes, self.suffixes, strict=True):
             text = f"tl.sum(sum{suffix}, 1)" if self.single else f"sum{suffix}"
-            sums = f" - offset * tl.load(row_sums{suffix} + rows){spread}"
+            sums = f" - x_offset * tl.load(row_sums{suffix} + rows){spread}"
             sums = sums if self.problem.prologue.codes == "uint8" else ""
             text = f"({text}{sums})" if sums and weight.integer_sums else text
             text = f"{text}.to(tl.float32)" if self.integer else text

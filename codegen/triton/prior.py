@@ -148,7 +148,7 @@ def _stretch(programs: sympy.Expr, device: Device) -> sympy.Expr:
 
 def _statistics(problem: Problem, each: Configuration) -> float:
     """What reading the tokens once more takes, before the loop."""
-    passes = {"none": 0, "rms_norm": 1, "layer_norm": 2}[problem.prologue.kind] 
+    passes = {"none": 0, "rms_norm": 1, "layer_norm": 2}[problem.prologue.kind]
     passes += bool(problem.prologue.quantized) and not problem.prologue.codes
     bytes_read = passes * problem.columns * each.block_tokens * BYTES[problem.dtype]
     return passes * 1.0e-6 + bytes_read / 50e9

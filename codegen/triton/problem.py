@@ -176,7 +176,7 @@ class Problem:
         return self.prologue.codes or self.dtype
 
     def buffers(self, weight: WeightLowering) -> tuple[Buffer, ...]:
-        """What the kernel reads for a weight; its rows' sums, too, where the activation's zero point multiplies them."""
+        """What the kernel reads for a weight; its rows' sums, too, where a zero point multiplies them."""
         if self.prologue.codes != "uint8":
             return weight.buffers
         return (*weight.buffers, Buffer("row_sums", "i32" if weight.integer_sums else "fp32"))

@@ -47,7 +47,7 @@ class Coded:
 
 def match_coded(node: Any) -> Coded | None:
     """The codes of an activation that `sparc::decode` reads in 8 bits with one scale; None for anything else."""
-    if not is_decode(node) or node.args[2] != "matrix" or not _is_grid(node.args[1]):
+    if not is_decode(node) or node.args[2:4] != ("matrix", None) or not _is_grid(node.args[1]):
         return None
     codes, scale, *zero = node.args[0]
     if is_weight(codes) or not all(_is_single(each) for each in (scale, *zero)):
