@@ -305,6 +305,11 @@ CHOSEN_ANEW = Code(
     "written by another version, or altered. The cost model chooses again.",
     "compile again to have the kernels timed",
 )
+FLOAT_PRODUCT = Code(
+    "SPARC415",
+    "a quantized activation is multiplied in floats",
+    "No generated kernel multiplies its codes in integers. They are decoded first, and the product is one of floats.",
+)
 
 # 5xx: artifacts -----------------------------------------------------------------------------------------------------
 ARTIFACT_MISSING_FILE = Code(

@@ -4,11 +4,11 @@ Code here defines `value`, in the product's type: `[width]` for a single token, 
 columns `column` and the tokens `token`.
 """
 
-from sparc.codegen.triton.problem import Access, Problem, Window
+from sparc.codegen.triton.problem import Access, Problem, Prologue, Window
+from sparc.codegen.triton.static import MIDDLE, ROUNDER
 
 _CHUNK = 1024  # features that a statistic reads at once, for a single token
 _CHUNK_OF_TILE = 4096  # elements that it reads at once, for a tile of tokens
-_ROUNDER = "12582912.0"  # 1.5 * 2^23: adding and subtracting it rounds a float32 to the nearest integer, half to even
 
 
 def load(problem: Problem, single: bool, padded: bool) -> list[str]:
@@ -24,10 +24,24 @@ def load(problem: Problem, single: bool, padded: bool) -> list[str]:
     masks = [mask] if mask else []
     if padded:
         masks.append(f"({column} < {problem.columns})")
-    guard = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
+    other = _beyond(problem, column, padded) if problem.prologue.codes else "0.0"
+    guard = f", mask={' & '.join(masks)}, other={other}" if masks else ""
     policy = ', eviction_policy="evict_last"' if problem.access.kind in ("rows", "batched") else ""
     lines = [f"value = tl.load(x + {address}{guard}{policy})"]
-    return lines + _transform(problem, single, padded)
+    if problem.prologue.codes == "uint8":
+        lines.append(f"value = (value ^ {MIDDLE}).to(tl.int8, bitcast=True)")
+    return lines if problem.prologue.codes else lines + _transform(problem, single, padded)
+
+
+def _beyond(problem: Problem, column: str, padded: bool) -> str:
+    """The code that stands where there is no element: zero's own beside an image, and int8's 0 beyond the last column,
+    where weights are not zero.
+    """
+    if problem.prologue.codes == "int8":
+        return "0"
+    if problem.access.kind != "window":
+        return str(MIDDLE)
+    return f"tl.where({column} < {problem.columns}, x_zero_code, {MIDDLE})" if padded else "x_zero_code"
 
 
 def _address(access: Access, columns: int, column: str, token: str) -> tuple[str, str]:
@@ -70,7 +84,7 @@ def _transform(problem: Problem, single: bool, padded: bool) -> list[str]:
         scale = "token_scale" if single else "token_scale[None, :]"
         return [
             *lines,
-            f"value = value.to(tl.float32) / {scale} + {_ROUNDER} - {_ROUNDER}",
+            f"value = value.to(tl.float32) / {scale} + {ROUNDER} - {ROUNDER}",
             "value = tl.minimum(tl.maximum(value, -127.0), 127.0).to(tl.int8)",
         ]
     if prologue.quantized:
@@ -103,6 +117,8 @@ def statistics(problem: Problem, single: bool) -> list[str]:
     """
     prologue = problem.prologue
     lines: list[str] = []
+    if prologue.codes:
+        return lines + _static_parameters(prologue)
     if prologue.kind == "layer_norm":
         lines += _passes(problem, single, "mean", "features.to(tl.float32)", f"{{}} / {problem.columns}")
     if prologue.kind != "none":
@@ -115,6 +131,14 @@ def statistics(problem: Problem, single: bool) -> list[str]:
         greatest = {"int8": "127.0", "float8e4nv": "448.0"}[prologue.quantized]
         lines += _passes(problem, single, "token_scale", "features.to(tl.float32)", f"{{}} / {greatest}", maximum=True)
         lines.append("token_scale = tl.where(token_scale > 0, token_scale, 1.0)")
+    return lines
+
+
+def _static_parameters(prologue: Prologue) -> list[str]:
+    """`x_scale_value`; of unsigned codes, `x_zero_code` and `x_offset`, the number that it is multiplied as."""
+    lines = ["x_scale_value = tl.load(x_scale).to(tl.float32)"]
+    if prologue.codes == "uint8":
+        lines += ["x_zero_code = tl.load(x_zero)", f"x_offset = x_zero_code.to(tl.int32) - {MIDDLE}"]
     return lines
 
 

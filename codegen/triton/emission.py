@@ -163,7 +163,8 @@ class TritonEmission:
         if not self.native:
             what = "kernels were checked in Triton's interpreter, and output errors are the program's own"
             self._diagnostics.remark(codes.INTERPRETED, what, why=self._why())
-        check_operators(self.operators(), self._diagnostics, "cuda" if self.native else "cpu")
+        where = "cuda" if self.native else "cpu"
+        check_operators(self.operators(), self._diagnostics, where, self._program.weights)
         return {}
 
     def estimate(self, tensors: Sequence[Tensor], entry: str | None = None) -> Ratio:

@@ -122,9 +122,11 @@ class _Parts:
     def arguments(self) -> tuple[Argument, ...]:
         """The activation, the weights' buffers, what the prologue and the epilogue read, the output, the workspace."""
         problem = self.problem
-        found = [Argument("x", f"*{TRITON[problem.dtype]}", aligned=True)]
+        found = [Argument("x", f"*{TRITON[problem.read]}", aligned=True)]
         for weight, suffix in zip(problem.weights, self.suffixes, strict=True):
-            found += [Argument(buffer.name + suffix, f"*{buffer.type}", aligned=True) for buffer in weight.buffers]
+            found += [
+                Argument(buffer.name + suffix, f"*{buffer.type}", aligned=True) for buffer in problem.buffers(weight)
+            ]
         found += problem.prologue.arguments
         found += [Argument(each.name, f"*{TRITON[each.dtype]}", True) for each in problem.epilogue.inputs]
         found.append(Argument("y", f"*{TRITON[problem.epilogue.dtype]}", aligned=True))
@@ -229,14 +231,26 @@ class _Parts:
     def _after(self) -> list[str]:
         """The products in float32, with the scales that multiply all of them."""
         lines = []
-        for code, suffix in zip(self.codes, self.suffixes, strict=True):
-            reduced = f"tl.sum(sum{suffix}, 1)" if self.single else f"sum{suffix}"
-            factors = [f"({code.scale}){'' if self.single else '[:, None]'}"] if code.scale else []
-            if self.problem.prologue.quantized:
-                factors.append("token_scale" if self.single else "token_scale[None, :]")
-            wide = ".to(tl.float32)" if self.integer else ""
-            lines.append(f"product{suffix} = {' * '.join([reduced + wide, *factors])}")
+        spread = "" if self.single else "[:, None]"
+        if self.problem.prologue.codes == "uint8" and self.configuration.split > 1:
+            lines.append("x_offset = tl.where(part == 0, x_offset, 0)")
+        for weight, code, suffix in zip(self.problem.weights, self.codes, self.suffixes, strict=True):
+            text = f"tl.sum(sum{suffix}, 1)" if self.single else f"sum{suffix}"
+            sums = f" - x_offset * tl.load(row_sums{suffix} + rows){spread}"
+            sums = sums if self.problem.prologue.codes == "uint8" else ""
+            text = f"({text}{sums})" if sums and weight.integer_sums else text
+            text = f"{text}.to(tl.float32)" if self.integer else text
+            text = f"{text} * ({code.scale}){spread}" if code.scale else text
+            text = f"({text}{sums})" if sums and not weight.integer_sums else text
+            lines.append(f"product{suffix} = {' * '.join([text, *self._factors()])}")
         return lines
+
+    def _factors(self) -> list[str]:
+        """The activation's scale."""
+        if self.problem.prologue.codes:
+            return ["x_scale_value"]
+        scale = "token_scale" if self.single else "token_scale[None, :]"
+        return [scale] if self.problem.prologue.quantized else []
 
     def _inside_tile(self) -> str:
         rows, tokens = self.configuration.block_rows, self.configuration.block_tokens

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from sparc import codes
 from sparc.codegen.encoded import match_encoded
+from sparc.codegen.triton.carry import carry_codes
 from sparc.codegen.triton.choice import Choose
 from sparc.codegen.triton.operator import SiteOperator, token_range
 from sparc.codegen.triton.operators import define, gather_rows, gathers
@@ -73,6 +74,7 @@ class _Lowering:
     # sites ------------------------------------------------------------------------------------------------------------
     def sites(self, extensions: Mapping[str, LoweringType], choose: Choose) -> None:
         """Replace every product that a kernel serves."""
+        carry_codes(self.entry)
         found, missed = find_products(self.program, self.entry, extensions, self.device.flops)
         self.why = {each.node: each.why for each in missed}
         made: list[tuple[SiteOperator, int | None]] = []
@@ -126,13 +128,16 @@ class _Lowering:
     def _account(self, operator: SiteOperator, laid: Sequence[Tensor]) -> None:
         """What the report says of each of the site's weights."""
         site = operator.site
+        if site.note:
+            what = f"the activation of {'+'.join(site.names)} is decoded before the product"
+            self.diagnostics.remark(codes.FLOAT_PRODUCT, what, where=location(site.anchors[0]), why=site.note)
         heights = [str(each.configuration.block_tokens) for each in operator.regimes if each.configuration is not None]
         text = f"product ({', '.join(heights)} tokens)" if heights else "decode, then torch"
         for weight in site.weights:
             for name in weight.names:
                 share = sum(tensor.nbytes for tensor in laid) // len(site.names)
                 if not isinstance(weight.encoding, Dense):
-                    self.made.uses[name] = KernelUse(text, share)
+                    self.made.uses[name] = KernelUse(text, share, site.note)
 
     # what is left of decoding ---------------------------------------------------------------------------------------
     def decodes(self) -> None:

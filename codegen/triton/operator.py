@@ -185,7 +185,7 @@ class SiteOperator:
         start = 0
         for weight, kernel in zip(problem.weights, self.decoders, strict=True):
             own = list(tensors.buffers[start : start + len(weight.buffers)])
-            start += len(weight.buffers)
+            start += len(problem.buffers(weight))
             if isinstance(weight.encoding, Dense) and weight.padded_columns == weight.columns:
                 found.append(own[0])
                 continue

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from sparc.analysis.values import tensor_type
+from sparc.codegen.triton import static
 
 aten = torch.ops.aten
 
@@ -91,7 +92,9 @@ FORMS: dict[Any, Callable[..., str | None]] = {
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Whether a node computes floating elements from elements, in a form that is known here."""
+    """Whether a node computes elements from floating elements or their codes, in a form that is known here."""
+    if static.is_step(node):
+        return True
     if node.op != "call_function" or node.target not in FORMS:
         return False
     kind = tensor_type(node)
@@ -121,6 +124,8 @@ def expression(node: fx.Node, names: dict[fx.Node, str]) -> str | None:
             return str(value)
         return f"({value})" if isinstance(value, (int, float)) and value < 0 else str(value)
 
+    if static.is_step(node):
+        return static.expression(node, written)
     if node.target in (aten.to.dtype, aten._to_copy.default, aten.clone.default):
         return written(node.args[0])
     try:

@@ -19,7 +19,7 @@ from sparc.codegen.triton.tiles import Product, Tile
 from sparc.cost import Device
 
 TOKENS = sympy.Symbol("tokens", integer=True, positive=True)
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "float8e4nv": 1}
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "uint8": 1, "float8e4nv": 1}
 
 SKINNY = 16  # tokens up to which a normalisation is worth computing again in every program
 _PRODUCT_SLOTS = 0.6  # instructions that reading a tile and feeding it to tensor cores take, for one weight
@@ -144,9 +144,9 @@ def seconds(problem: Problem, each: Configuration, device: Device) -> sympy.Expr
     programs = tiles_of_rows * tiles * each.split
     # A tile's rows beyond the last one are computed as well.
     computed = anchors * tiles_of_rows * each.block_rows * weight.columns * cost.density * tiles
-    activation = BYTES[problem.dtype]
-    features = _activations(problem) * weight.columns + 2 * weight.rows
-    moved = weights * cost.bits / 8 + TOKENS * features * activation
+    written = min(BYTES[problem.dtype], BYTES[problem.epilogue.dtype])
+    read = _activations(problem) * weight.columns * BYTES[problem.read]
+    moved = weights * cost.bits / 8 + TOKENS * (read + 2 * weight.rows * written)
     if each.split > 1:
         moved += 2 * 4 * each.split * tiles * each.block_tokens * weight.rows * anchors
     slots = cost.issue + _slots_around(problem, each)
@@ -181,7 +181,8 @@ def _stretch(programs: sympy.Expr, device: Device) -> sympy.Expr:
 
 def _statistics(problem: Problem, each: Configuration) -> float:
     """What reading the tokens once more takes, before the loop."""
-    passes = {"none": 0, "rms_norm": 1, "layer_norm": 2}[problem.prologue.kind] + bool(problem.prologue.quantized)
+    passes = {"none": 0, "rms_norm": 1, "layer_norm": 2}[problem.prologue.kind]
+    passes += bool(problem.prologue.quantized) and not problem.prologue.codes
     bytes_read = passes * problem.columns * each.block_tokens * BYTES[problem.dtype]
     return passes * 1.0e-6 + bytes_read / 50e9
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sparc.codegen.triton.kernel import Argument
-from sparc.codegen.triton.tiles import DecodeCost, Product, WeightLowering
+from sparc.codegen.triton.tiles import Buffer, DecodeCost, Product, WeightLowering
 
 TRITON = {
     "float16": "fp16",
@@ -82,8 +82,10 @@ class Prologue:
         epsilon: of the normalisation.
         gain: whether there is a gain `[features]`.
         bias: whether there is a bias `[features]`.
-        dtype: of gain and bias.
+        dtype: of gain and bias, or of the scale of codes.
         quantized: `int8` or `float8e4nv`, also after a normalisation; empty for none.
+        codes: `int8` or `uint8` where the activation is read as codes of one scale, whose product is `int8`; those of
+            `uint8` have a zero point.
     """
 
     kind: Literal["none", "rms_norm", "layer_norm"] = "none"
@@ -92,12 +94,15 @@ class Prologue:
     bias: bool = False
     dtype: str = "float16"
     quantized: str = ""
+    codes: str = ""
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
-        """The gain and the bias."""
-        names = [name for name, present in (("gain", self.gain), ("shift", self.bias)) if present]
-        return tuple(Argument(name, f"*{TRITON[self.dtype]}", aligned=True) for name in names)
+        """The gain and the bias, or scale and zero point."""
+        present = (("gain", self.gain), ("shift", self.bias), ("x_scale", bool(self.codes)))
+        found = [Argument(name, f"*{TRITON[self.dtype]}", aligned=True) for name, wanted in present if wanted]
+        zero = [Argument("x_zero", f"*{TRITON[self.codes]}", aligned=True)] if self.codes == "uint8" else []
+        return (*found, *zero)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Problem:
 
     Args:
         weights: one lowering for each anchor; they have the same shape and encoding.
-        dtype: the activation's, as torch names it.
+        dtype: the activation's, as torch names it; what they decode to, of codes.
         prologue: what is done to the activation.
         epilogue: what is done to the product.
         access: where the activation's elements lie.
@@ -170,7 +175,8 @@ class Problem:
     def equation(self) -> str:
         """What is computed, in a line."""
         x = {"none": "x", "rms_norm": "rms_norm(x)", "layer_norm": "layer_norm(x)"}[self.prologue.kind]
-        x = f"{self.prologue.quantized}({x})" if self.prologue.quantized else x
+        x = f"{self.prologue.quantized}({x})" if self.prologue.quantized and not self.prologue.codes else x
+        x = f"decode({x})" if self.prologue.codes else x
         ends = [f"_{index}" if index else "" for index in range(len(self.weights))]
         steps = [f"product{end} = {x} @ decode(codes{end}).T" for end in ends]
         steps += [line.replace("_value", "") for line in self.epilogue.lines]
@@ -190,6 +196,17 @@ class Problem:
         found = weight.lookup_cost(self.product, configuration.block_rows)
         assert found is not None
         return found
+
+    @property
+    def read(self) -> str:
+        """The type in which the activation lies in memory, as torch names it."""
+        return self.prologue.codes or self.dtype
+
+    def buffers(self, weight: WeightLowering) -> tuple[Buffer, ...]:
+        """What the kernel reads for a weight; its rows' sums, too, where a zero point multiplies them."""
+        if self.prologue.codes != "uint8":
+            return weight.buffers
+        return (*weight.buffers, Buffer("row_sums", "i32" if weight.integer_sums else "fp32"))
 
     @property
     def product(self) -> Product:

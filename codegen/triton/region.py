@@ -12,6 +12,8 @@ from torch import fx
 from sparc.analysis.values import same_shape, tensor_type
 from sparc.codegen.triton.access import BATCHED
 from sparc.codegen.triton.pointwise import is_pointwise
+from sparc.codegen.triton.static import is_step, step_type
+from sparc.encoding.operators import is_quantize
 from sparc.program import is_weight
 
 _GREATEST = 24  # pointwise nodes that one epilogue takes
@@ -57,23 +59,25 @@ def find_tail(anchors: Sequence[fx.Node], order: Sequence[fx.Node], claimed: Col
             dependent.add(node)
             continue
         taken[node] = None
-        if _exits(taken) == [node] and not _widens(node):
+        if _exits(taken) == [node] and not is_quantize(node) and not _widens(node):
             nodes = tuple(each for each in taken if each not in anchors)
             best = Tail(nodes, node, _operands(nodes, taken))
     return best
 
 
 def _widens(node: fx.Node) -> bool:
-    """Whether a node is a cast to a wider type: storing its operand and casting when it is read moves fewer bytes."""
+    """Whether a node is a cast to a wider type, or decodes: storing its operand and casting when it is read moves fewer
+    bytes.
+    """
     own, source = tensor_type(node), tensor_type(node.all_input_nodes[0])
-    cast = node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+    cast = node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default) or is_step(node)
     return cast and own is not None and source is not None and own.itemsize > source.itemsize
 
 
 def _fits(node: fx.Node, anchor: fx.Node, taken: dict[fx.Node, None], dependent: set[fx.Node]) -> bool:
     if not is_pointwise(node) or any(each in dependent for each in node.all_input_nodes):
         return False
-    own, wanted = tensor_type(node), tensor_type(anchor)
+    own, wanted = step_type(node), tensor_type(anchor)
     if own is None or wanted is None or not same_shape(own.shape, wanted.shape):
         return False
     return all(each in taken or operand_kind(each, anchor) is not None for each in node.all_input_nodes)
@@ -108,7 +112,7 @@ def operand_kind(node: fx.Node, anchor: fx.Node) -> Any:
     return "token" if sizes[axis] == 1 and own.ndim == wanted.ndim and same_shape(others, rest) else None
 
 
-_READABLE = ("float16", "bfloat16", "float32")
+_READABLE = ("float16", "bfloat16", "float32", "int8", "uint8")
 
 
 def feature_axis(anchor: fx.Node) -> int:

@@ -10,13 +10,14 @@ from torch import Tensor, fx
 
 from sparc.analysis.values import same_shape, shape_of, tensor_type
 from sparc.codegen.encoded import match_activation, match_encoded
-from sparc.codegen.triton import pointwise
 from sparc.codegen.triton.access import BATCHED, find_access, is_shared
+from sparc.codegen.triton.epilogue import find_epilogue
 from sparc.codegen.triton.lowerings import find_lowering
 from sparc.codegen.triton.norms import find_norm
-from sparc.codegen.triton.problem import Access, Epilogue, EpilogueInput, Problem, Prologue
-from sparc.codegen.triton.region import Tail, find_tail, only_read_by, operand_kind
+from sparc.codegen.triton.problem import Access, Problem, Prologue
+from sparc.codegen.triton.region import Tail, find_tail, only_read_by
 from sparc.codegen.triton.site_weight import SiteWeight
+from sparc.codegen.triton.static import Coded, match_coded
 from sparc.codegen.triton.tiles import LoweringType, WeightLowering
 from sparc.encoding.blocks import Blocks
 from sparc.encoding.dense import Dense
@@ -32,6 +33,7 @@ _VIEWS: Mapping[Any, str] = {  # how a product reads its weight
     aten.conv2d.default: "conv",
     **dict.fromkeys(BATCHED, "transposed"),
 }
+_MOST_COLUMNS = 1 << 16  # whose sum of products of 8 bits, less a zero point's, fits into 32 bits
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Site:
         problem: what is generated.
         parallel: whether every anchor's value is a slice of the result.
         normalised: the node whose value the prologue's normalisation computes, if there is one.
+        note: why the codes of a quantized activation are decoded before the product, if they are.
     """
 
     weights: tuple[SiteWeight, ...]
@@ -60,6 +63,7 @@ class Site:
     problem: Problem
     parallel: bool = False
     normalised: fx.Node | None = None
+    note: str = ""
 
     @property
     def place(self) -> fx.Node:
@@ -108,13 +112,16 @@ def find_products(
 
 @dataclass(frozen=True)
 class _Before:
-    """A prologue, the activation it reads, the nodes it replaces, its operands, and the node it normalises to."""
+    """A prologue, the activation it reads, the nodes it replaces, its operands, the node it normalises to, and why it
+    does not read codes.
+    """
 
     prologue: Prologue
     x: fx.Node
     inner: tuple[fx.Node, ...] = ()
     given: tuple[fx.Node, ...] = ()
     normalised: fx.Node | None = None
+    note: str = ""
 
 
 class _Finder:
@@ -212,16 +219,20 @@ class _Finder:
         before = self._prologue(anchor, made[0], access, readers)
         if access.kind == "batched":
             before, access = _one_for_all(before, access)
-        epilogue, operands = _epilogue(anchors, tail)
+        epilogue, operands = find_epilogue(anchors, tail)
         problem = Problem(tuple(made), dtype, before.prologue, epilogue, access)
         inner = (*before.inner, *anchors, *tail.nodes)
         given = (*before.given, *operands)
-        return Site(tuple(weights), anchors, inner, before.x, given, tail.result, problem, normalised=before.normalised)
+        more = {"normalised": before.normalised, "note": before.note}
+        return Site(tuple(weights), anchors, inner, before.x, given, tail.result, problem, **more)  # type: ignore[arg-type]
 
     def _prologue(self, anchor: fx.Node, weight: WeightLowering, access: Access, readers: Sequence[fx.Node]) -> _Before:
         """What the kernel does to the activation while it reads it."""
         x = anchor.args[0]
         assert isinstance(x, fx.Node)
+        coded = match_coded(x) if access.kind != "batched" else None
+        if coded is not None:
+            return self._coded(x, coded, weight)
         if access.kind not in ("rows", "batched") or not only_read_by(x, readers):
             return _Before(Prologue(), x)
         quantized, source = self._quantized(x, weight)
@@ -239,6 +250,17 @@ class _Finder:
         gain, bias = norm.gain is not None, norm.bias is not None
         prologue = Prologue(norm.kind, norm.epsilon, gain, bias, dtype, quantized)
         return _Before(prologue, norm.source, (*norm.nodes, *inner), given, source)
+
+    def _coded(self, x: fx.Node, coded: Coded, weight: WeightLowering) -> _Before:
+        """The prologue of an activation whose codes are in memory."""
+        why = weight.accepts("int8") if "int8" in self.products else "the chip multiplies no integers"
+        if weight.columns > _MOST_COLUMNS:
+            why = f"sums of {weight.columns} products may not fit into 32 bits"
+        if why:
+            return _Before(Prologue(), x, note=why)
+        dtype = str(coded.scale.meta["val"].dtype).removeprefix("torch.")
+        prologue = Prologue(dtype=dtype, quantized="int8", codes=coded.dtype)
+        return _Before(prologue, coded.codes, (x,), coded.parameters)
 
     def _quantized(self, x: fx.Node, weight: WeightLowering) -> tuple[str, fx.Node]:
         """The 8-bit type that an activation is quantized to token by token, and its source; empty for none."""
@@ -277,37 +299,6 @@ def _float8_source(x: fx.Node) -> fx.Node | None:
 def _leads_to(node: fx.Node, target: Any) -> bool:
     """Whether a value is used for nothing but another."""
     return node is target or (bool(node.users) and all(_leads_to(user, target) for user in node.users))
-
-
-# epilogues ----------------------------------------------------------------------------------------------------------
-def _bias(anchor: fx.Node) -> fx.Node | None:
-    value = anchor.args[2] if len(anchor.args) > 2 else anchor.kwargs.get("bias")
-    return value if isinstance(value, fx.Node) else None
-
-
-def _epilogue(anchors: Sequence[fx.Node], tail: Tail) -> tuple[Epilogue, tuple[fx.Node, ...]]:
-    """The epilogue's code, and the nodes it reads."""
-    names: dict[fx.Node, str] = {}
-    inputs: list[EpilogueInput] = []
-    operands: list[fx.Node] = []
-    lines: list[str] = []
-
-    def read(node: fx.Node, kind: Any) -> str:
-        name = f"operand_{len(inputs)}"
-        inputs.append(EpilogueInput(name, str(tensor_type(node).dtype).removeprefix("torch."), kind))  # type: ignore[union-attr]
-        operands.append(node)
-        return f"{name}_value"
-
-    for index, anchor in enumerate(anchors):
-        names[anchor] = f"product{f'_{index}' if index else ''}"
-        bias = _bias(anchor)
-        if bias is not None:
-            lines.append(f"{names[anchor]} = {names[anchor]} + {read(bias, 'feature')}")
-    for node in tail.operands:
-        names[node] = read(node, operand_kind(node, anchors[0]))
-    lines += pointwise.lines(tail.nodes, names)
-    dtype = str(tensor_type(tail.result).dtype).removeprefix("torch.")  # type: ignore[union-attr]
-    return Epilogue(tuple(inputs), tuple(lines), names[tail.result], dtype), tuple(operands)
 
 
 # parallel products --------------------------------------------------------------------------------------------------
@@ -376,4 +367,6 @@ def buffers(site: Site) -> list[Tensor]:
     for weight, lowering in zip(site.weights, site.problem.weights, strict=True):
         laid: Mapping[str, Tensor] = lowering.layout(weight.matrix_parts)
         found += [laid[buffer.name] for buffer in lowering.buffers]
+        if site.problem.buffers(lowering) != lowering.buffers:
+            found.append(lowering.row_sums())
     return found

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from sparc.codegen.triton.index import Indices
@@ -218,6 +219,16 @@ class WeightLowering(ABC):
     def stride(self) -> int:
         """The codes of a stored row, rounded up."""
         return -(-self.stored_columns // self.unit) * self.unit
+
+    @property
+    def integer_sums(self) -> bool:
+        """Whether `row_sums` are those of the integers that are multiplied, before their scale."""
+        return False
+
+    def row_sums(self) -> Tensor:
+        """The sums of the matrix's rows, float32 `[rows]`; int32 where they are of integers."""
+        dense = self.encoding.decode(self.parts, (self.rows, self.columns), torch.float32)
+        return dense.double().sum(1).float()
 
     def loop(self, tile: Tile) -> Loop:
         """By default, every column."""

@@ -16,18 +16,20 @@ from sparc.codegen.triton import index
 from sparc.codegen.triton.tiles import Tile
 
 LEAST_WIDTH = 16  # what a tensor core multiplies at once
+LEAST_WIDTH_OF_BYTES = 32  # likewise, of numbers of 8 bits
 _GREATEST_WIDTH = 128
 
 
-def unit_of(columns: int, bits: int, group: int | None = None) -> int:
+def unit_of(columns: int, bits: int, group: int | None = None, width: int = LEAST_WIDTH) -> int:
     """The columns of a unit: as many as possible without storing many that do not exist.
 
     Args:
         columns: the row's columns.
         bits: 1, 2, 4 or 8.
         group: columns that share a scale, if they are a power of two: a plane does not cross them.
+        width: the least number of columns of a plane.
     """
-    least = LEAST_WIDTH * 16 // bits
+    least = width * 16 // bits
     widest = min(group, _GREATEST_WIDTH) if group is not None and group >= LEAST_WIDTH else _GREATEST_WIDTH
     padded = -(-columns // least) * least
     unit = least

@@ -59,7 +59,11 @@ class CodedWeight(WeightLowering):
         widest = min(
             power or self.greatest_width, self.greatest_width, max(self.greatest_unit // self.planes, words.LEAST_WIDTH)
         )
-        return words.unit_of(self.stored_columns, self.digits[0], words.LEAST_WIDTH if self.narrow else widest)
+        if self.narrow:
+            return words.unit_of(self.stored_columns, self.digits[0], words.LEAST_WIDTH)
+        # Codes of 8 bits may be multiplied as they are.
+        least = min(words.LEAST_WIDTH_OF_BYTES, max(widest, words.LEAST_WIDTH)) if self.bits == 8 else words.LEAST_WIDTH
+        return words.unit_of(self.stored_columns, self.digits[0], widest, least)
 
     @property
     def planes(self) -> int:

@@ -51,13 +51,29 @@ class IntegerWeight(CodedWeight):
             return "a floating minimum is not multiplied in integers"
         if product == "int8" and self.grid.bits == 8 and not self.grid.symmetric:
             return "8-bit codes less their zero point do not fit into 8 bits"
-        if product == "int8" and not self.groups.constant and (self.groups.power or 0) < words.LEAST_WIDTH:
-            return f"groups of {self.grid.group} do not fill a product of {words.LEAST_WIDTH} columns"
+        least = words.LEAST_WIDTH_OF_BYTES
+        if product == "int8" and not self.groups.constant and (self.groups.power or 0) < least:
+            return f"groups of {self.grid.group} do not fill a product of {least} columns"
+        if product == "int8" and not self.narrow and self.unit * self.digits[0] // 16 < least:
+            return f"{self.columns} columns of {self.grid.bits} bits do not fill products of {least} columns"
         return None
 
     def unpacked(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The codes, from 0."""
         return self.grid.unpack(parts["codes"], self.stored_columns).to(torch.int16) - self.grid.low
+
+    @property
+    def integer_sums(self) -> bool:
+        """Where a row has one scale."""
+        return self.groups.constant
+
+    def row_sums(self) -> Tensor:
+        """Of codes less their zero points, where a row has one scale."""
+        if not self.integer_sums:
+            return super().row_sums()
+        numbers = self.grid.unpack(self.parts["codes"], self.columns).to(torch.int32)
+        zero = 0 if self.grid.symmetric else self.parts["zero"].to(torch.int32)
+        return (numbers - zero).sum(1, dtype=torch.int32)
 
     # code -----------------------------------------------------------------------------------------------------------
     def decode(self, tile: Tile) -> TileCode:

@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 import sparc
 from sparc.codegen.triton.emission import module_of
 from tests.codegen.triton.models import Experts, LanguageModel, build
+from tests.codegen.triton.test_static import Hidden
+from tests.codegen.triton.test_static import compiled as static
 from tests.codegen.triton.test_target import compiled, emission
 
 
@@ -46,6 +48,14 @@ def test_every_site_is_a_kernel_that_the_compiler_sees(fake_gpu: FakeTensorMode)
     assert all(names == ["y"] for names in written)
     outputs = next(node for node in traced.graph.nodes if node.op == "output").args[0]
     assert len(outputs) == 1
+
+
+def test_codes_go_from_kernel_to_kernel(fake_gpu: FakeTensorMode) -> None:
+    module = pretend(module_of(emission(static(Hidden)).lowered["forward"], "cpu"), fake_gpu)
+    with fake_gpu:
+        traced, _ = aot_export_module(module, [torch.empty(7, 200, device="cuda")], trace_joint=False)
+    made = [node.meta["val"] for node in traced.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert [each["y"].dtype for each in made] == [torch.uint8, torch.float32]
 
 
 def test_every_operator_knows_its_type(fake_gpu: FakeTensorMode) -> None:
