@@ -18,7 +18,7 @@ from sparc.codegen.onnx.target import OnnxTarget
 from sparc.diag import ArtifactError, LoweringError
 from sparc.encoding.int_grid import IntGrid
 from sparc.program import Program
-from sparc.target import Span
+from sparc.target import EmitContext, Span
 from tests.codegen.emitting import FLAVOURS, assert_agrees, emit
 from tests.codegen.encoding import encode_weights
 
@@ -66,7 +66,7 @@ def test_files_read_their_weights_from_safetensors(grid: IntGrid | None, flavour
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     assert difference(run_file(tmp_path / "model.onnx"), made.run_flat([X])[0]) < 1e-5
-    loaded = OnnxTarget(flavour).load(made, files, emission.stored)  # type: ignore[arg-type]
+    loaded = OnnxTarget(flavour).load(made, files, emission.stored, EmitContext())  # type: ignore[arg-type]
     assert_agrees(made, loaded, [X], 1e-5)
 
 

@@ -397,7 +397,7 @@ def test_weights_that_do_not_fit_are_multiplied_in_floats() -> None:
     steps = (*prepare(), Round(IntGrid(8, symmetric=False)), CalibrateActivations(), Encode())
     artifact = compiled(Hidden, steps)
     assert all(each.problem.product == "float32" for each in sites(artifact).values())
-    said = [each for each in artifact.diagnostics if each.code.id == "SPARC414"]
+    said = [each for each in artifact.diagnostics if each.code.id == "SPARC415"]
     assert [each.why for each in said] == ["8-bit codes less their zero point do not fit into 8 bits"] * 2
     agrees(artifact, torch.randn(5, 200), tolerance=1e-5)
 
