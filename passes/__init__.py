@@ -19,13 +19,15 @@ def extension() -> Extension:
     from sparc.passes.encode import Encode
     from sparc.passes.equalize.equalize import Equalize
     from sparc.passes.equalize.smooth import Smooth
-    from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
+    from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before, fold_norm_affine
     from sparc.passes.prune import Prune
     from sparc.passes.recipes import recipes
+    from sparc.passes.rotate import Rotate
     from sparc.passes.round import Round
 
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
-    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
+    folds = (fold_batch_norm, fold_batch_norm_before, fold_norm_affine)
+    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, RemoveDead, *folds, Rotate)
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, Equalize, Smooth, Prune, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())
