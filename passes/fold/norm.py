@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from sparc.analysis.features import (
+    NORMS,
     Readers,
     carries_shift,
     is_norm,
     operator_name,
     packet,
-    product_axes,
     product_readers,
     vector,
 )
@@ -158,6 +158,8 @@ def _reason(program: Program, affine: Affine, readers: Readers) -> str | None:
 
 def _find(program: Program, node: fx.Node) -> Found | Skip | None:
     """products(carriers(gain * norm(x) + shift))."""
+    if packet(node) in NORMS and not is_norm(node):
+        return Skip("it normalises more than the last axis")
     affine = affine_at(program, node)
     if affine is None or not affine.weights:
         return None

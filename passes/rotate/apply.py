@@ -28,13 +28,14 @@ def apply_plan(program: Program, plan: Plan, store: Store, kind: Kind, seed: int
     """
     readers: dict[str, dict[Role, list[fx.Node]]] = defaultdict(dict)
     for node, role in plan.roles.items():
-        readers[name_of(weight_of(node))].setdefault(role, []).append(node)
+        readers[name_of(weight_of(node))].setdefault(role.matrix, []).append(node)
     for name, groups in readers.items():
         old = store[name]
         # the group that takes over no gain keeps the name: an embedding, where the head is untied from it
         ordered = sorted(groups.items(), key=lambda group: bool(group[0].columns and group[0].columns.affine))
         for index, (role, nodes) in enumerate(ordered):
-            _rotate_biases(store, role, nodes, old, kind, seed)
+            for each in dict.fromkeys(plan.roles[node] for node in nodes):
+                _rotate_biases(store, each, [node for node in nodes if plan.roles[node] == each], old, kind, seed)
             new = _new_weight(store, role, old, kind, seed)
             if index == 0:
                 store.put(name, new)

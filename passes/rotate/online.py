@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from sparc.analysis.features import operator_name, packet
+from sparc.pass_base import PassContext
 from sparc.passes.fold.norm import uses
 from sparc.passes.rotate.hadamard import Kind, rotation, split
 from sparc.passes.rotate.weights import Store, name_of
-from sparc.pass_base import PassContext
 from sparc.program import Program
 
 aten = torch.ops.aten

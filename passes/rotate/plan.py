@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from sparc.analysis.features import carries_shift, is_norm, operator_name, packet, product_axes
 from sparc.analysis.residual import Stream, Streams
 from sparc.passes.fold.norm import Affine, affine_at, bias_of, uses, weight_reason
-from sparc.passes.rotate.weights import Refusal, name_of
+from sparc.passes.rotate.weights import Refusal, Store, name_of
 from sparc.program import Program, is_weight
 
 aten = torch.ops.aten
@@ -40,6 +40,14 @@ class Role:
 
     columns: Turn | None = None
     rows: Turn | None = None
+
+    @property
+    def matrix(self) -> "Role":
+        """What becomes of the weight itself: shifts only change its bias."""
+        if self.columns is None:
+            return self
+        gains = tuple((gain, None) for gain, _ in self.columns.affine if gain is not None)
+        return Role(replace(self.columns, affine=gains), self.rows)
 
     @property
     def shifts(self) -> bool:
@@ -115,6 +123,9 @@ def _part(program: Program, streams: Streams, stream: Stream, selected: Mapping[
     if stream.frozen:
         raise Refusal(stream.frozen)
     part, centred = Plan(), any(packet(each) is aten.layer_norm for each in stream.readers)
+    unable = next((each for each in stream.writers if not _takes_rotations(each)), None)
+    if unable is not None:
+        raise Refusal(f"it is written by {operator_name(unable)}, which cannot take a rotation over")
     for reader in stream.readers:
         if centred and packet(reader) is not aten.layer_norm:
             raise Refusal(f"a layer norm takes its mean away, but {operator_name(reader)} reads it too")
@@ -130,11 +141,13 @@ def _part(program: Program, streams: Streams, stream: Stream, selected: Mapping[
         elif is_weight(writer):
             axis = stream.values[writer] + writer.meta["val"].ndim
             part.roles[writer] = Role(columns=Turn(stream.size, centred, axis))
-        else:
-            raise Refusal(f"it is written by {operator_name(writer)}, which cannot take a rotation over")
     for node, role in part.roles.items():
         _check_weight(program, node, role, selected)
     return part
+
+
+def _takes_rotations(writer: fx.Node) -> bool:
+    return product_axes(writer) is not None or packet(writer) is aten.embedding or is_weight(writer)
 
 
 Pairs = tuple[tuple[str | None, str | None], ...]
@@ -191,9 +204,9 @@ def _check_weight(program: Program, node: fx.Node, role: Role, selected: Mapping
     if not selected.get(name_of(weight), True):
         raise Refusal(f"the selector leaves {name_of(weight)!r} out")
     bias = None if is_weight(node) or packet(node) is aten.embedding else bias_of(node)
-    if bias is not None and (role.rows is not None or role.shifts):
-        if (reason := weight_reason(program, bias, "bias")) is not None:
-            raise Refusal(f"{reason} ({node.name})")
+    changed = bias is not None and (role.rows is not None or role.shifts)
+    if changed and (reason := weight_reason(program, bias, "bias")) is not None:
+        raise Refusal(f"{reason} ({node.name})")
 
 
 def _conflicts(program: Program, plan: Plan, untie: bool) -> Iterator[tuple[fx.Node, str]]:
@@ -208,7 +221,7 @@ def _conflicts(program: Program, plan: Plan, untie: bool) -> Iterator[tuple[fx.N
             others = [user for user in users if user not in plan.roles]
         if others:
             yield node, f"the weight {name_of(weight)!r} is also read by {operator_name(others[0])}"
-        elif not untie and not is_weight(node) and any(plan.roles[user] != role for user in users):
+        elif not untie and not is_weight(node) and any(plan.roles[user].matrix != role.matrix for user in users):
             size = program.weights[name_of(weight)].nbytes
             yield node, f"the weight {name_of(weight)!r} is tied; untie=True would store it twice ({size} bytes more)"
         elif packet(node) is not aten.embedding and not is_weight(node) and is_weight(bias_of(node)):
@@ -217,7 +230,7 @@ def _conflicts(program: Program, plan: Plan, untie: bool) -> Iterator[tuple[fx.N
                 yield node, f"the bias {name_of(bias_of(node))!r} is also read elsewhere"
 
 
-def affine_vectors(store: Mapping[str, Tensor], turn: Turn) -> tuple[Tensor | None, Tensor | None]:
+def affine_vectors(store: Store, turn: Turn) -> tuple[Tensor | None, Tensor | None]:
     """The gain and the shift that a weight takes over, `[features]` float64 each; None where there is none."""
     gain: Tensor | None = None
     shift: Tensor | None = None
