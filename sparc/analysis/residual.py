@@ -69,7 +69,7 @@ class Stream:
 
     def __str__(self) -> str:
         parts = [
-            f"{verb} " + ", ".join(f"{count} {name}" for name, count in Counter(map(_kind, nodes)).items())
+            f"{verb} " + ", ".join(f"{count} {name}" for name, count in sorted(Counter(map(_kind, nodes)).items()))
             for verb, nodes in (("written by", self.writers), ("read by", self.readers))
             if nodes
         ]
