@@ -40,7 +40,8 @@ class Heads:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for attentions that change their weights alike."""
-        return (str(self.writer.args[1]), str(self.reader.args[1]), self.size, self.start, self.rows)
+        names = (name_of(each.args[1]) for each in (self.writer, self.reader))
+        return (*names, self.size, self.start, self.rows)
 
 
 def rotate_heads(
@@ -110,7 +111,10 @@ def find_heads(program: Program, attention: fx.Node) -> Heads:
     Raises:
         Refusal: its values, or what reads its result, are not those of linear layers, head by head.
     """
-    value: Any = normalized_arguments(attention)["value"]
+    arguments = normalized_arguments(attention)
+    value: Any = arguments["value"]
+    if value in (arguments["query"], arguments["key"]):
+        raise Refusal("its values are read elsewhere too")
     size = shape_of(value)[-1]
     if not isinstance(size, int):
         raise Refusal("the size of its heads is not fixed")
@@ -120,7 +124,7 @@ def find_heads(program: Program, attention: fx.Node) -> Heads:
 
 def _written(program: Program, value: fx.Node, attention: fx.Node, size: int) -> tuple[fx.Node, int, int]:
     """The linear layer that writes the values, and which of its rows do."""
-    node, user, width, start = value, attention, size, 0
+    node, user, width = value, attention, size
     while packet(node) is not aten.linear:
         if any(each is not user and not reads_shape_only(each) for each in node.users):
             raise Refusal("its values are read elsewhere too")
@@ -129,9 +133,7 @@ def _written(program: Program, value: fx.Node, attention: fx.Node, size: int) ->
             raise Refusal(f"its values are written by {operator_name(node)}")
         piece = _piece(node, x)
         if piece is not None and width == shape_of(node)[-1]:
-            start += piece[0]
-            # the other pieces read the same layer, but other rows of it
-            return _packed(piece[1], start, width)
+            return _packed(node, piece[1], piece[0], width)
         if not isinstance(x.meta["val"], Tensor):
             raise Refusal(f"its values are written by {operator_name(node)}")
         if width == size and shape_of(node)[-1] == size and _is_split(x, node):
@@ -144,8 +146,8 @@ def _written(program: Program, value: fx.Node, attention: fx.Node, size: int) ->
     return node, 0, width
 
 
-def _packed(source: fx.Node, start: int, width: int) -> tuple[fx.Node, int, int]:
-    """A layer that writes queries, keys and values side by side."""
+def _packed(values: fx.Node, source: fx.Node, start: int, width: int) -> tuple[fx.Node, int, int]:
+    """A layer that writes queries, keys and values side by side; what else reads it reads other rows of it."""
     if packet(source) is not aten.linear:
         raise Refusal(f"its values are a piece of what {operator_name(source)} writes")
     for user in source.users:
@@ -155,7 +157,7 @@ def _packed(source: fx.Node, start: int, width: int) -> tuple[fx.Node, int, int]
             if other is None:
                 raise Refusal("its values are read elsewhere too")
             begin, end = other[0], other[0] + int(shape_of(piece)[-1])
-            if begin < start + width and start < end and (begin, end) != (start, start + width):
+            if piece is not values and begin < start + width and start < end:
                 raise Refusal("its values are read elsewhere too")
     return source, start, width
 

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from torch import nn
 
 import sparc
-from sparc.capture import capture
+from sparc.capture import capture, capture_entries
 from sparc.diag import PassError, VerifyError
 from sparc.driver import Driver
 from sparc.encoding.int_grid import IntGrid
 from sparc.pass_base import Samples
 from sparc.passes.encode import Encode
+from sparc.passes.fold import fold_norm_affine
 from sparc.passes.rotate import Rotate
 from sparc.passes.rotate.hadamard import hadamard, rotation, split
 from sparc.passes.rotate.online import kronecker
@@ -39,11 +40,23 @@ def operators(program):
     return [node.target._opname for node in program.graph.nodes if node.op == "call_function"]
 
 
+class HalfNorm(nn.Module):
+    """As half-precision models write it: the gain stands behind a cast of what the norm makes."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return self.weight * nn.functional.rms_norm(x.float(), self.weight.shape, None, 1e-6).to(x.dtype)
+
+
 MODELS = {
     "rms norm": lambda: built(),
     "rms norm with biases": lambda: built(bias=True),
     "layer norm": lambda: built(nn.LayerNorm, bias=True),
     "layer norm, no biases": lambda: built(nn.LayerNorm),
+    "gains behind a cast": lambda: built(HalfNorm),
     "tied": lambda: built(tied=True),
 }
 STEPS = {
@@ -65,6 +78,7 @@ def test_the_function_stays(model, step):
     assert "layer_norm" not in operators(chosen.program)
     norms = [node for node in chosen.program.graph.nodes if "rms_norm" in str(node.target)]
     assert len(norms) == 3
+    assert not [name for name in chosen.program.weights if "norm" in name]
     assert all(node.args[2] is None for node in norms)
     other = example()[0].repeat(2, 1)
     before = capture(MODELS[model](), example(), dynamic={"ids": {0: "batch"}})
@@ -249,6 +263,44 @@ def test_reasons_to_leave_heads_alone(why):
     assert why in row.skips[0].why
 
 
+class SharedValues(nn.Module):
+    """Values that something else reads as well: they are keys too, or cut out twice."""
+
+    def __init__(self, twice):
+        super().__init__()
+        self.packed, self.o, self.twice = nn.Linear(8, 16), nn.Linear(8, 8), twice
+
+    def forward(self, x):
+        y = self.packed(x)
+        q, v, again = (piece.unflatten(-1, (2, 4)).transpose(1, 2) for piece in (y[..., :8], y[..., 8:], y[..., 7:15]))
+        mixed = nn.functional.scaled_dot_product_attention(q, again if self.twice else v, v)
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_values_that_are_also_keys_are_left_alone(twice):
+    torch.manual_seed(0)
+    _, row = run(SharedValues(twice).eval(), Rotate(), (torch.randn(2, 5, 8),))
+    assert row.changed == 0
+    assert "its values are read elsewhere too" in row.skips[0].why
+
+
+@pytest.mark.parametrize("step", [Rotate(online=True, untie=True), fold_norm_affine], ids=lambda step: step.name)
+@pytest.mark.parametrize("tied", [False, True])
+def test_entries_that_share_weights_are_changed_together(step, tied):
+    long, short = example()[0], example()[0][:1, :3]
+    entries = {"long": {"example_inputs": (long,)}, "short": {"example_inputs": (short,)}}
+    program = capture_entries(built(nn.LayerNorm, bias=True, tied=tied), entries)
+    samples = Samples({"long": [[long]], "short": [[short]]})
+    chosen = Driver(program, samples, verify="full")
+    row = chosen.run(step)
+    assert row.matches == (3 if isinstance(step, Rotate) else 4 if tied else 6)
+    names = set(chosen.program.weights)
+    assert not [name for name in names if name.endswith("_1")]
+    for x, entry in ((long, "long"), (short, "short")):
+        assert torch.allclose(program.run(x, entry=entry), chosen.program.run(x, entry=entry), rtol=1e-3, atol=1e-4)
+
+
 def test_options_are_checked():
     with pytest.raises(PassError, match="SPARC209"):
         Rotate(kind="fourier")
@@ -256,8 +308,9 @@ def test_options_are_checked():
 
 # precisions, targets, entries ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_checked_before_it_is_rounded(dtype):
-    _, row = run(built(nn.LayerNorm, bias=True).to(dtype), Rotate(online=True))
+@pytest.mark.parametrize("norm", [nn.LayerNorm, HalfNorm])
+def test_half_precision_is_checked_before_it_is_rounded(dtype, norm):
+    _, row = run(built(norm, bias=True).to(dtype), Rotate(online=True))
     assert row.matches == 3
     assert row.measured["end to end, float64"] < 1e-9
     assert row.measured["end to end"] > 1e-5
