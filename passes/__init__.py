@@ -21,14 +21,25 @@ def extension() -> Extension:
     from sparc.passes.encode import Encode
     from sparc.passes.equalize.equalize import Equalize
     from sparc.passes.equalize.smooth import Smooth
-    from sparc.passes.fold import fold_affine, fold_batch_norm, fold_batch_norm_before, fold_shared, fold_table
+    from sparc.passes.fold import (
+        fold_affine,
+        fold_batch_norm,
+        fold_batch_norm_before,
+        fold_norm_affine,
+        fold_shared,
+        fold_table,
+    )
     from sparc.passes.prune import Prune
     from sparc.passes.recipes import recipes
+    from sparc.passes.rotate import Rotate
     from sparc.passes.round import Round
 
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
-    folds = (fold_batch_norm, fold_batch_norm_before, fold_shared, fold_affine, fold_table, coalesce_parallel)
-    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds)
+    folds = (fold_batch_norm, fold_batch_norm_before, fold_shared, fold_affine, fold_table, fold_norm_affine)
+    exact: tuple[type[Pass] | Pass, ...] = (
+        *(Canonicalize, *steps, Decode, RemoveDead, *folds),
+        *(coalesce_parallel, Rotate),
+    )
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, Equalize, Smooth, Prune, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

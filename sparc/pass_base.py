@@ -112,6 +112,10 @@ class PassContext:
         block: only nodes of this block may be edited; None for all.
         reference: the program before the first approximating pass; None while there was none.
         example: for each entry, flat inputs that a pass may run the program on.
+
+    Attributes:
+        wide: float64 values of weights, by name, as a pass whose scope is the program computed them before they were
+            rounded to their dtype: the whole program is then checked with them, to 1e-9.
     """
 
     def __init__(
@@ -134,6 +138,7 @@ class PassContext:
         self.edits = 0
         self.skips: dict[SkipRow, None] = {}
         self.rewrites: list[Rewrite] = []
+        self.wide: dict[str, Tensor] = {}
         self._claims = claims
 
     def sites(self, program: Program) -> Iterator[Site]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparc.analysis.features import packet
 from sparc.program import Program, is_weight, weight_nodes
 
 aten = torch.ops.aten
@@ -166,11 +167,6 @@ class Classes:
             if [user for read in reads for user in read.users] != [node]:
                 return False
         return True
-
-
-def packet(node: fx.Node) -> Any:
-    """The operator of a node without its overload."""
-    return getattr(node.target, "overloadpacket", node.target)
 
 
 def _argument(node: fx.Node, position: int) -> Any:

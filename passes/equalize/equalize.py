@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from sparc import codes
+from sparc.analysis.features import packet
 from sparc.contract import Bounded
 from sparc.diag import PassError
 from sparc.pass_base import Pass, PassContext, Stage
-from sparc.passes.equalize.classes import NORMS, ChannelClass, Classes, packet
+from sparc.passes.equalize.classes import NORMS, ChannelClass, Classes
 from sparc.program import Program, is_weight
 
 _MOST = 2.0**10
