@@ -18,7 +18,7 @@ from sparc.analysis.dependency import Group
 from sparc.analysis.values import size_hint
 from sparc.diag import PassError
 from sparc.pattern import normalized_arguments
-from sparc.program import Program
+from sparc.program import Entry, Program
 
 aten = torch.ops.aten
 
@@ -40,9 +40,9 @@ def cut(program: Program, group: Group, keep: Sequence[int] | Tensor) -> None:
 
 
 def cut_groups(program: Program, keep: Mapping[Group, Sequence[int] | Tensor]) -> None:
-    """Keep some units of each of several groups, in place. Groups found before describe the program no longer.
+    """Keep some units of each of several groups, in place.
 
-    The scale of attention stays what it was before (the root of the old size of a head).
+    Other groups that were found before stay valid, unless they share an axis of a weight with one that is cut. The scale of attention stays what it was before (the root of the old size of a head).
 
     Args:
         program: the program that the groups were found in.
@@ -65,6 +65,8 @@ def cut_groups(program: Program, keep: Mapping[Group, Sequence[int] | Tensor]) -
         if contraction.node.target is aten.scaled_dot_product_attention.default and _touches(contraction.axis, kept):
             _keep_scale(contraction.node, cut_extent(contraction.axis, {}))
     _infer(program, state, kept, edited)
+    for leaf, units in kept.items():
+        leaf.size = len(units)
 
 
 def mask(program: Program, group: Group, keep: Sequence[int] | Tensor) -> None:
@@ -166,11 +168,23 @@ def _infer(program: Program, state: Coupling, kept: Kept, edited: set[fx.Node]) 
     for entry in program.entries.values():
         for node in entry.graph.nodes:
             if node.op == "call_function" and (node in changed or changed.intersection(node.all_input_nodes)):
-                entry.infer(node)
+                _infer_node(entry, node, state, kept)
                 changed.add(node)
             if node in changed:
                 _check(node, state, kept)
         entry.graph.lint()
+
+
+def _infer_node(entry: Entry, node: fx.Node, state: Coupling, kept: Kept) -> None:
+    """A node's new type. What `pad` infers would fix sizes that vary, so its type comes from its axes."""
+    if getattr(node.target, "_opname", "") not in ("pad", "constant_pad_nd"):
+        entry.infer(node)
+        return
+    old = node.meta["val"]
+    sizes = [cut_extent(axis, kept) for axis in state.of(node)]
+    with entry.fake_mode:
+        shape = [new if isinstance(new, int) else size for size, new in zip(old.shape, sizes, strict=True)]
+        node.meta["val"] = old.new_empty(shape)
 
 
 def _check(node: fx.Node, state: Coupling, kept: Kept) -> None:

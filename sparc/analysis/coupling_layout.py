@@ -72,6 +72,12 @@ def _reshape(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     return result
 
 
+def _reshape_as(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
+    source = given["self"]
+    result = _regroup(state.of(source), _shape(source), _shape(node))
+    return state.broadcast([result, state.of(given["other"])])
+
+
 def _permute(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     axes = state.of(given["self"])
     return tuple(axes[_place(axis, len(axes))] for axis in given["dims"])
@@ -353,6 +359,7 @@ def prefix(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
 
 LAYOUT: dict[str, Rule] = {
     **dict.fromkeys(["reshape", "view", "_unsafe_view", "flatten", "unflatten"], _reshape),
+    **dict.fromkeys(["reshape_as", "view_as"], _reshape_as),
     "permute": _permute,
     **dict.fromkeys(["transpose", "t"], _transpose),
     "unsqueeze": _unsqueeze,

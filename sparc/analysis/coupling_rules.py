@@ -7,8 +7,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from sparc.analysis.axes import ONE, Axis, Product, channels, concrete, divide, extent, freeze, mark, unify
-from sparc.analysis.coupling import Axes, Coupling, Rule
-from sparc.analysis.coupling_layout import LAYOUT, prefix, spatial
+from sparc.analysis.coupling import Axes, Contraction, Coupling, Rule
+from sparc.analysis.coupling_layout import LAYOUT
 
 _KERNEL = "it is a kernel's position"
 
@@ -121,19 +121,13 @@ def _grouped(
     unify(kernel[0], Product(both))
     unify(kernel[1], outer if written == 1 else inner)
     if extent(inner) != 1:
-        reader = weight if weight.op == "get_attr" else None
-        state.contractions.append(_contraction(node, inner, source[0], weight, (reader, read)))
+        reader = (weight, read) if weight.op == "get_attr" else None
+        state.contractions.append(Contraction(node, inner, (source[0], weight), reader))
     return Product((groups, outer))
 
 
 def _out(node: fx.Node, place: int) -> Axis:
     return channels(node.meta["val"].shape[place])
-
-
-def _contraction(node: fx.Node, axis: Axis, x: fx.Node, weight: fx.Node, reader: tuple[fx.Node | None, int]) -> Any:
-    from sparc.analysis.coupling import Contraction
-
-    return Contraction(node, axis, (x, weight), None if reader[0] is None else (reader[0], reader[1]))
 
 
 def _embedding(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
@@ -215,7 +209,9 @@ def _reduction(state: Coupling, node: fx.Node, given: dict[str, Any]) -> "Axes |
     for place in gone:
         if "arg" in _name(node) or isinstance(node.meta["val"], (list, tuple)):
             freeze(axes[place], f"its positions matter to {_name(node)}")
-        elif _name(node) != "sum" or not state.vanishes(given["self"], axes[place]):
+        elif _name(node) == "sum":
+            state.contractions.append(Contraction(node, axes[place], (given["self"],)))
+        else:
             mark(axes[place], f"{_name(node)} runs over it")
     keep = given.get("keepdim", False)
     result = tuple(ONE if place in gone else axis for place, axis in enumerate(axes) if keep or place not in gone)
@@ -277,5 +273,3 @@ def rule_of(node: fx.Node) -> Rule | None:
         return _elementwise
     return found
 
-
-__all__ = ["RULES", "prefix", "rule_of", "spatial"]

@@ -1,0 +1,5 @@
+"""Coalescing: units that compute the same are kept once."""
+
+from sparc.passes.coalesce.neurons import MergeNeurons
+
+__all__ = ["MergeNeurons"]
