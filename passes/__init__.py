@@ -16,6 +16,7 @@ def extension() -> Extension:
     from sparc.passes.activation.static import CalibrateActivations
     from sparc.passes.canonicalize import Canonicalize
     from sparc.passes.clean import RemoveDead
+    from sparc.passes.coalesce import MergeNeurons
     from sparc.passes.encode import Encode
     from sparc.passes.equalize.equalize import Equalize
     from sparc.passes.equalize.smooth import Smooth
@@ -27,5 +28,5 @@ def extension() -> Extension:
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
-    passes = (*exact, Equalize, Smooth, Prune, Round, *activations, Encode)
+    passes = (*exact, MergeNeurons, Equalize, Smooth, Prune, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

@@ -74,15 +74,15 @@ class MergeNeurons(Pass):
 
     def run(self, program: Program, context: PassContext) -> None:
         """Remove superfluous units of every group, until there are none: what is removed may reveal others."""
-        types = {node: str(node.meta.get("val")) for _, node in program.nodes()}
+        cut_nodes: set[fx.Node] = set()
         before = -1
         while context.edits != before:
             before = context.edits
-            _sweep(program, context, types)
+            _sweep(program, context, cut_nodes)
             program.sweep()
 
 
-def _sweep(program: Program, context: PassContext, types: dict[fx.Node, str]) -> None:
+def _sweep(program: Program, context: PassContext, cut_nodes: set[fx.Node]) -> None:
     """Every group once, the last first: when its units go, columns of the group before it do."""
     edited: set[tuple[str, int]] = set()
     for group in reversed(groups(program)):
@@ -91,8 +91,10 @@ def _sweep(program: Program, context: PassContext, types: dict[fx.Node, str]) ->
             continue
         removal = _find(program, context, group)
         if removal is not None and context.edit():
-            if _remove(program, context, removal, types):
-                return  # there are new weights, which the groups do not know
+            made = _remove(program, context, removal, cut_nodes)
+            cut_nodes.update(held_nodes(group))
+            if made:  # the groups do not know the new weight
+                return
             edited |= axes
 
 
@@ -157,18 +159,18 @@ def _has_zero_rows(program: Program, group: Group) -> bool:
     return False
 
 
-def _remove(program: Program, context: PassContext, removal: Removal, types: dict[fx.Node, str]) -> bool:
+def _remove(program: Program, context: PassContext, removal: Removal, cut_nodes: set[fx.Node]) -> bool:
     """Remove the units; returns whether a reader got a bias that it had not.
 
     Args:
         program: is edited.
         context: gets the regions before and after.
         removal: what goes.
-        types: of all nodes, before the pass edited any.
+        cut_nodes: values that are smaller already than in the program before the pass.
     """
     group = removal.group
     inner = {*held_nodes(group), *(reader.node for reader in group.contractions)}
-    before = [_region(program, name, inner, types, " before") for name in program.entries]
+    before = [_region(program, name, inner, cut_nodes, " before") for name in program.entries]
     wide, made = add_biases(program, removal.values, removal.dead)
     wide |= new_columns(program, group, removal.others)
     for name, value in wide.items():
@@ -177,7 +179,7 @@ def _remove(program: Program, context: PassContext, removal: Removal, types: dic
     keep = torch.nonzero(stays).flatten()
     cut(program, group, keep)
     sliced = {name: _sliced(value, name, group, keep) for name, value in wide.items()}
-    after = [_region(program, name, inner, types, "") for name in program.entries]
+    after = [_region(program, name, inner, cut_nodes, "") for name in program.entries]
     for entry, (old, boundary, weights), (new, _, others) in zip(program.entries, before, after, strict=True):
         if boundary:
             where = location(group.contractions[0].node)
@@ -200,20 +202,18 @@ def _sliced(value: Tensor, name: str, group: Group, keep: Tensor) -> Tensor:
 
 
 def _region(
-    program: Program, entry: str, inner: set[fx.Node], types: dict[fx.Node, str], mark: str
+    program: Program, entry: str, inner: set[fx.Node], cut_nodes: set[fx.Node], mark: str
 ) -> tuple[fx.Graph, tuple[str, ...], dict[str, Tensor]]:
     """What computes the units and reads them, cut out of one entry; its boundary; and its weights, whose names are
     marked, since before and after they are called the same.
 
-    Boundary values whose type an earlier edit of this run changed get names that no program knows, so that their check
-    makes them up instead of taking what the program before the pass computes.
+    Boundary values that are smaller already than in the program before the pass get names that no program knows, so
+    that their check makes them up instead of taking what the program before the pass computes.
     """
     own = [node for node in program.entries[entry].graph.nodes if node in inner]
     results = [node for node in own if any(user not in inner for user in node.users)]
     boundary = dict.fromkeys(region_inputs(results, inner))
-    names = tuple(
-        node.name if str(node.meta.get("val")) == types.get(node) else f"{node.name}_cut" for node in boundary
-    )
+    names = tuple(f"{node.name}_cut" if node in cut_nodes else node.name for node in boundary)
     graph = region(results, inner, boundary)
     for node, name in zip([node for node in graph.nodes if node.op == "placeholder"], names, strict=True):
         node.name = name

@@ -55,7 +55,9 @@ def cannot_take_constant(program: Program, reader: Contraction) -> str:
     return "" if users == {reader.node} else "its bias is read elsewhere too"
 
 
-def add_biases(program: Program, values: dict[Contraction, ConstantInput], dead: Tensor) -> tuple[dict[str, Tensor], bool]:
+def add_biases(
+    program: Program, values: dict[Contraction, ConstantInput], dead: Tensor
+) -> tuple[dict[str, Tensor], bool]:
     """Add what constant units contribute to the biases of their readers; a reader without one gets one.
 
     Args:

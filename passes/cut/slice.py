@@ -42,7 +42,8 @@ def cut(program: Program, group: Group, keep: Sequence[int] | Tensor) -> None:
 def cut_groups(program: Program, keep: Mapping[Group, Sequence[int] | Tensor]) -> None:
     """Keep some units of each of several groups, in place.
 
-    Other groups that were found before stay valid, unless they share an axis of a weight with one that is cut. The scale of attention stays what it was before (the root of the old size of a head).
+    Other groups that were found before stay valid, unless they share an axis of a weight with one that is cut. The
+    scale of attention stays what it was before (one over the root of the old size of a head).
 
     Args:
         program: the program that the groups were found in.

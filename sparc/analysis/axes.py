@@ -281,7 +281,10 @@ def positions(axis: Axis, leaf: Channels) -> Tensor | None:
 
     None when a place belongs to two of them.
     """
-    owner = _owners(normal(axis), leaf)
+    axis = normal(axis)
+    if axis is leaf:
+        return torch.arange(leaf.size).reshape(-1, 1)
+    owner = _owners(axis, leaf)
     if owner is None:
         return None
     places = torch.nonzero(owner >= 0).flatten()

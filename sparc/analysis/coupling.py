@@ -158,11 +158,25 @@ _MOVED = frozenset(
     {"reshape", "view", "flatten", "unflatten", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "clone"}
     | {"slice", "select", "repeat", "repeat_interleave", "contiguous", "dropout", "to", "alias", "detach"}
 )
-_ZERO_AT_ZERO = _MOVED | {"relu", "relu6", "leaky_relu", "silu", "gelu", "tanh", "neg", "abs", "hardswish", "mish", "div"}
+_ZERO_AT_ZERO = _MOVED | {
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "gelu",
+    "tanh",
+    "neg",
+    "abs",
+    "hardswish",
+    "mish",
+    "div",
+}
 
 
 def _together(a: Axis, b: Axis) -> Axis:
     """One axis for two that are broadcast: the longer one, or both unified."""
+    if a is b:
+        return a
     if extent(a) == 1 or extent(b) == 1:
         return b if extent(a) == 1 else a
     unify(a, b)

@@ -63,7 +63,7 @@ def _regroup(axes: Axes, old: Sequence[Any], new: Sequence[Any]) -> Axes:
 
 
 def _reshape(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
-    source = given.get("self", given.get("input"))
+    source: fx.Node = given["self"]
     result = _regroup(state.of(source), _shape(source), _shape(node))
     for name in ("shape", "size", "sizes"):
         first = _place(given["dim"], len(_shape(source))) if "dim" in given else 0
@@ -386,10 +386,10 @@ LAYOUT: dict[str, Rule] = {
     **dict.fromkeys(["arange", "linspace", "scalar_tensor"], _counted),
     **dict.fromkeys(["max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d"], spatial(1)),
     **dict.fromkeys(
-        ["max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d"]
-        + ["upsample_bicubic2d"],
+        ["max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"],
         spatial(2),
     ),
+    **dict.fromkeys(["upsample_bilinear2d", "upsample_bicubic2d"], spatial(2)),
     **dict.fromkeys(["max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "upsample_nearest3d"], spatial(3)),
     "max_pool2d_with_indices": _several(2),
 }

@@ -137,6 +137,14 @@ def _embedding(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     return (*state.of(given["indices"]), table[1])
 
 
+def _expert_products(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
+    """Rows, sorted by expert, times the matrix `[experts, in, out]` of each row's expert."""
+    x, weight = given["input"], given["weight"]
+    freeze(state.of(weight)[0], "which expert is used depends on data")
+    state.contract(node, (x, 1), (weight, 1))
+    return (state.of(x)[0], state.of(weight)[2])
+
+
 # norms ---------------------------------------------------------------------------------------------------------------
 def _last_norm(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     axes, count = state.of(given["input"]), len(given["normalized_shape"])
@@ -231,15 +239,15 @@ def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "_opname", node.target))
 
 
-_ELEMENTWISE = (
-    ["clone", "contiguous", "alias", "detach", "dropout", "feature_dropout", "to", "_to_copy", "type_as", "hardswish"]
-    + ["__and__", "__or__", "__xor__", "floor_divide", "where", "masked_fill", "log_sigmoid", "fill", "lift_fresh_copy"]
-    + ["relu6", "hardsigmoid", "softplus", "logical_and", "logical_or", "logical_not"]
-)
-_REDUCTIONS = (
-    ["sum", "mean", "amax", "amin", "max", "min", "any", "all", "var", "std", "prod", "argmax", "argmin", "logsumexp"]
-    + ["linalg_vector_norm", "norm", "var_mean", "std_mean"]
-)
+_ELEMENTWISE = {
+    *("clone", "contiguous", "alias", "detach", "dropout", "feature_dropout", "to", "_to_copy", "type_as", "hardswish"),
+    *("__and__", "__or__", "__xor__", "where", "masked_fill", "log_sigmoid", "fill", "lift_fresh_copy"),
+    *("relu6", "hardsigmoid", "softplus", "logical_and", "logical_or", "logical_not"),
+}
+_REDUCTIONS = {
+    *("sum", "mean", "amax", "amin", "max", "min", "any", "all", "var", "std", "prod", "argmax", "argmin"),
+    *("linalg_vector_norm", "norm", "var_mean", "std_mean", "logsumexp"),
+}
 RULES: dict[str, Rule] = {
     **LAYOUT,
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
@@ -252,6 +260,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["addmm", "baddbmm"], _addmm),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _convolution(False)),
     **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _convolution(True)),
+    "grouped_mm_fallback": _expert_products,
     "embedding": _embedding,
     **dict.fromkeys(["layer_norm", "rms_norm"], _last_norm),
     "group_norm": _group_norm,
@@ -265,11 +274,10 @@ RULES: dict[str, Rule] = {
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule of a node's operator; None when there is none."""
-    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
+    if not isinstance(node.target, OpOverload) or node.target.namespace not in ("aten", "transformers"):
         return None
     found = RULES.get(node.target._opname)
     max_or_min = node.target._opname in ("max", "min") and len(_tensors(node)) == 2
-    if torch.Tag.pointwise in node.target.tags and found is None or max_or_min:
+    if (torch.Tag.pointwise in node.target.tags and found is None) or max_or_min:
         return _elementwise
     return found
-

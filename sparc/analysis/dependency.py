@@ -9,9 +9,10 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from sparc.analysis.axes import Axis, Channels, freeze, leaves, mark, normal, positions, repeats
+from sparc.analysis.axes import Axis, Channels, freeze, leaves, mark, positions, repeats
 from sparc.analysis.coupling import Contraction, Coupling
 from sparc.analysis.coupling_rules import rule_of
 from sparc.pattern import normalized_arguments
@@ -103,65 +104,74 @@ def groups(program: Program) -> list[Group]:
         program: usually canonicalised, so that attention and norms are single operators.
     """
     state = couple(program)
+    made_of = _Leaves()
     members: dict[Channels, list[tuple[str, int]]] = {}
     for name, axes in state.weights.items():
         for place, axis in enumerate(axes):
-            for leaf in dict.fromkeys(leaves(axis)):
+            for leaf in made_of(axis):
                 members.setdefault(leaf, []).append((name, place))
     values: dict[Channels, list[tuple[fx.Node, int]]] = {leaf: [] for leaf in members}
     for node, axes in state.axes.items():
-        for place, axis in enumerate(axes):
-            for leaf in dict.fromkeys(leaves(axis)):
-                if leaf in values and node.op != "get_attr":
+        for place, axis in enumerate(axes if node.op != "get_attr" else ()):
+            for leaf in made_of(axis):
+                if leaf in values:
                     values[leaf].append((node, place))
-            for leaf in repeats(axis):
-                freeze(leaf, "it is coupled with itself")
     contractions: dict[Channels, list[Contraction]] = {}
     for contraction in state.contractions:
-        for leaf in dict.fromkeys(leaves(contraction.axis)):
+        for leaf in made_of(contraction.axis):
             contractions.setdefault(leaf, []).append(contraction)
-    kinds = _kinds(state)
-    return [
-        _group(state, leaf, found, values[leaf], contractions.get(leaf, []), kinds.get(leaf, "neuron"))
-        for leaf, found in members.items()
-    ]
+    kinds, uses = _kinds(state), _weight_uses(program)
+    found = []
+    for leaf, places in members.items():
+        readers = contractions.get(leaf, [])
+        indexed = tuple(_member(state, leaf, name, place, readers, uses) for name, place in places)
+        kind = kinds.get(leaf, "neuron")
+        held, summed = tuple(values[leaf]), tuple(readers)
+        found.append(Group(leaf.size, kind, indexed, held, summed, leaf.frozen, leaf.statistic, leaf, state))
+    return found
 
 
-def _group(
+class _Leaves:
+    """The channels of axes, each looked up once; those that are coupled with themselves are frozen."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Axis, tuple[Channels, ...]]] = {}
+
+    def __call__(self, axis: Axis) -> tuple[Channels, ...]:
+        if id(axis) not in self._known:
+            for leaf in repeats(axis):
+                freeze(leaf, "it is coupled with itself")
+            self._known[id(axis)] = axis, tuple(dict.fromkeys(leaves(axis)))
+        return self._known[id(axis)][1]
+
+
+def _member(
     state: Coupling,
     leaf: Channels,
-    found: list[tuple[str, int]],
-    values: list[tuple[fx.Node, int]],
+    name: str,
+    place: int,
     contractions: list[Contraction],
-    kind: str,
-) -> Group:
-    read = {each.weight for each in contractions if each.weight is not None}
-    readers = {(str(node.target), place) for node, place in read}
-    members = []
-    for name, place in found:
-        index = positions(state.weights[name][place], leaf)
-        if index is not None:
-            only = (name, place) in readers and _only_read(state, name, place, contractions)
-            members.append(Member(name, place, index, only))
-    return Group(
-        leaf.size, kind, tuple(members), tuple(values), tuple(contractions), leaf.frozen, leaf.statistic, leaf, state
-    )
+    uses: dict[str, set[fx.Node]],
+) -> Member:
+    """One axis of a weight; it is only read when every operator that reads the weight sums over this axis."""
+    index = positions(state.weights[name][place], leaf)
+    summed = {
+        each.node
+        for each in contractions
+        if each.weight is not None and (each.weight[0].target, each.weight[1]) == (name, place)
+    }
+    if index is None:  # frozen, since it is coupled with itself
+        index = torch.empty(leaf.size, 0, dtype=torch.int64)
+    return Member(name, place, index, summed == uses[name])
 
 
-def _only_read(state: Coupling, name: str, place: int, contractions: list[Contraction]) -> bool:
-    """Whether every operator that reads the weight sums over this axis."""
-    uses = {user for _, node in _weight_uses(state.program, name) for user in node.users}
-    summed = {each.node for each in contractions if each.weight and (str(each.weight[0].target), each.weight[1]) == (name, place)}
-    return uses == summed
-
-
-def _weight_uses(program: Program, name: str) -> list[tuple[str, fx.Node]]:
-    return [
-        (key, node)
-        for key, entry in program.entries.items()
-        for node in entry.graph.nodes
-        if node.op == "get_attr" and node.target == name
-    ]
+def _weight_uses(program: Program) -> dict[str, set[fx.Node]]:
+    """The operators that read each weight, in any entry."""
+    found: dict[str, set[fx.Node]] = {}
+    for _, node in program.nodes():
+        if node.op == "get_attr":
+            found.setdefault(str(node.target), set()).update(node.users)
+    return found
 
 
 def _visit(state: Coupling, node: fx.Node) -> None:
@@ -219,4 +229,4 @@ def _kinds(state: Coupling) -> dict[Channels, str]:
     return found
 
 
-__all__ = ["Axis", "Group", "Member", "couple", "groups", "normal"]
+__all__ = ["Group", "Member", "couple", "groups"]
