@@ -100,7 +100,7 @@ def _sweep(program: Program, context: PassContext, cut_nodes: set[fx.Node]) -> N
 
 def _find(program: Program, context: PassContext, group: Group) -> Removal | None:
     """What can be removed from a group; None when there is nothing, or something stands in the way."""
-    if not any(member.read for member in group.members):
+    if not group.contractions:
         return None
     dead, values = _dead(program, context, group)
     removal = Removal(group, dead, values, find_superfluous(program, group, dead))

@@ -159,17 +159,8 @@ _MOVED = frozenset(
     | {"slice", "select", "repeat", "repeat_interleave", "contiguous", "dropout", "to", "alias", "detach"}
 )
 _ZERO_AT_ZERO = _MOVED | {
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "silu",
-    "gelu",
-    "tanh",
-    "neg",
-    "abs",
-    "hardswish",
-    "mish",
-    "div",
+    *("relu", "relu6", "leaky_relu", "silu", "gelu", "tanh", "neg", "abs", "hardswish", "mish", "div", "elu", "selu"),
+    *("sqrt", "square", "pow", "sin", "erf", "log1p", "expm1"),
 }
 
 

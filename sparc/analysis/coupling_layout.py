@@ -86,7 +86,7 @@ def _permute(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
 def _transpose(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     axes = list(state.of(given["self"]))
     if len(axes) > 1:
-        a, b = (_place(given.get(name, default), len(axes)) for name, default in (("dim0", 0), ("dim1", 1)))
+        a, b = (_place(given.get(name, default), len(axes)) for name, default in (("dim0", -2), ("dim1", -1)))
         axes[a], axes[b] = axes[b], axes[a]
     return tuple(axes)
 
@@ -361,7 +361,7 @@ LAYOUT: dict[str, Rule] = {
     **dict.fromkeys(["reshape", "view", "_unsafe_view", "flatten", "unflatten"], _reshape),
     **dict.fromkeys(["reshape_as", "view_as"], _reshape_as),
     "permute": _permute,
-    **dict.fromkeys(["transpose", "t"], _transpose),
+    **dict.fromkeys(["transpose", "t", "mT"], _transpose),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     **dict.fromkeys(["expand", "expand_as"], _expand),

@@ -31,8 +31,10 @@ def _inverse(at: int) -> Rule:
 
     def rule(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
         divisor = node.args[at] if len(node.args) > at else None
+        power = node.args[1] if _name(node) == "pow" else -1
         for axis in state.of(divisor):
-            mark(axis, f"{_name(node)} is not finite at zero")
+            if not (isinstance(power, (int, float)) and power > 0) and state.vanishes(divisor, axis):
+                mark(axis, f"{_name(node)} is not finite at zero")
         return _elementwise(state, node, given)
 
     return rule
