@@ -15,10 +15,12 @@ from sparc.diag import VerifyError
 from sparc.driver import Driver
 from sparc.ledger import PassRow
 from sparc.pass_base import Samples
+from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.coalesce import MergeNeurons, neurons
 from sparc.passes.coalesce.constants import _FUNCTIONS
 from sparc.program import Program
 from sparc.testing import assert_pass
+from tests.architectures import ARCHITECTURES
 
 
 def wider(first: nn.Module, last: nn.Module, width: int, read: int = 1) -> None:
@@ -156,8 +158,6 @@ class Attention(nn.Module):
 
 def test_a_head_that_equals_another_one() -> None:
     torch.manual_seed(0)
-    from sparc.passes.canonicalize import Canonicalize
-
     x = torch.randn(2, 5, 8)
     driver = Driver(capture(Attention(), (x,)), Samples({"forward": [[x]]}), verify="full")
     driver.run(Canonicalize())
@@ -169,6 +169,30 @@ def test_a_head_that_equals_another_one() -> None:
         "out.weight": (8, 12),
         "out.bias": (8,),
     }
+
+
+def test_a_decoder() -> None:
+    """Duplicates of a gated layer, and a head of keys and values with its queries that equals the other one."""
+    built = ARCHITECTURES["llama"].build().enlivened()
+    layer = built.model.model.layers[0]
+    with torch.no_grad():
+        for product in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            product.weight[7] = product.weight[20]
+        for product in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            first, second = product.weight.chunk(2)
+            second.copy_(first)
+    program = capture(built.model, built.inputs, dynamic=built.dynamic)
+    flat = program.main.signature.bind((), dict(built.inputs))
+    driver = Driver(program, Samples({"forward": [flat]}), verify="full")
+    driver.run(Canonicalize())
+    row = driver.run(MergeNeurons())
+    path = "model.layers.0."
+    assert row.matches == 2
+    assert row.measured["region, float64"] < 1e-12
+    assert shapes(driver.program)[f"{path}mlp.down_proj.weight"] == (32, 63)
+    assert shapes(driver.program)[f"{path}self_attn.q_proj.weight"] == (16, 32)
+    assert shapes(driver.program)[f"{path}self_attn.v_proj.weight"] == (8, 32)
+    assert shapes(driver.program)[f"{path}self_attn.o_proj.weight"] == (32, 16)
 
 
 # constants -----------------------------------------------------------------------------------------------------------
