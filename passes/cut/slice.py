@@ -15,10 +15,10 @@ from sparc import codes
 from sparc.analysis.axes import Axis, Channels, cut_extent, leaves, remaining
 from sparc.analysis.coupling import Coupling, SizeArgument
 from sparc.analysis.dependency import Group
-from sparc.analysis.values import size_hint
+from sparc.analysis.values import same_shape, size_hint
 from sparc.diag import PassError
 from sparc.pattern import normalized_arguments
-from sparc.program import Entry, Program
+from sparc.program import Entry, Program, location
 
 aten = torch.ops.aten
 
@@ -50,7 +50,9 @@ def cut_groups(program: Program, keep: Mapping[Group, Sequence[int] | Tensor]) -
         keep: for each group the units that stay, in any order.
 
     Raises:
-        PassError: SPARC209 when a group is frozen, of another program, or `keep` names no unit or an unknown one.
+        PassError: SPARC209 when a group is frozen, of another program, or `keep` names no unit or an unknown one;
+            SPARC207 when an operator does not take what is left (a complex view of an odd number of channels): the
+            program is then not usable.
     """
     if not keep:
         return
@@ -160,7 +162,7 @@ def _infer(program: Program, state: Coupling, kept: Kept, edited: set[fx.Node]) 
     """Infer the types behind everything that changed, and compare them with what the axes say.
 
     Raises:
-        PassError: SPARC207 when a type is not what the axes say: a rule of the analysis is wrong.
+        PassError: SPARC207 when an operator does not take what it gets now, or a type is not what the axes say.
     """
     changed = set(edited)
     for node, axes in state.axes.items():
@@ -169,17 +171,29 @@ def _infer(program: Program, state: Coupling, kept: Kept, edited: set[fx.Node]) 
     for entry in program.entries.values():
         for node in entry.graph.nodes:
             if node.op == "call_function" and (node in changed or changed.intersection(node.all_input_nodes)):
+                old = node.meta["val"]
                 _infer_node(entry, node, state, kept)
-                changed.add(node)
-            if node in changed:
+                if not _same_layout(old, node.meta["val"]):
+                    changed.add(node)
                 _check(node, state, kept)
         entry.graph.lint()
+
+
+def _same_layout(old: Any, new: Any) -> bool:
+    """Whether nothing that reads a value can tell its types apart."""
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        return False
+    return same_shape(old.shape, new.shape) and same_shape(old.stride(), new.stride())
 
 
 def _infer_node(entry: Entry, node: fx.Node, state: Coupling, kept: Kept) -> None:
     """A node's new type. What `pad` infers would fix sizes that vary, so its type comes from its axes."""
     if getattr(node.target, "_opname", "") not in ("pad", "constant_pad_nd"):
-        entry.infer(node)
+        try:
+            entry.infer(node)
+        except RuntimeError as error:
+            what = f"{node.name} does not take what a cut leaves it"
+            raise PassError(codes.PASS_FAILED, what, where=location(node), why=str(error)[:300]) from error
         return
     old = node.meta["val"]
     sizes = [cut_extent(axis, kept) for axis in state.of(node)]

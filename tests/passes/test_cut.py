@@ -238,9 +238,10 @@ def test_one_matrix_in_both_directions_is_cut_once() -> None:
     assert [(member.weight, member.axis, member.read) for member in rows.members] == [("w", 0, False), ("b", 0, False)]
 
 
-def test_other_sizes_run_after_a_cut() -> None:
-    """Typing the smaller program fixes no size that varies, also behind padding (MobileBERT's embeddings)."""
-    built = ARCHITECTURES["mobilebert"].build().enlivened()
+@pytest.mark.parametrize("name", ["mobilebert", "convbert"])
+def test_other_sizes_run_after_a_cut(name: str) -> None:
+    """Typing the smaller program fixes no size that varies, also behind padding and unfolding."""
+    built = ARCHITECTURES[name].build().enlivened()
     program = canonical(built.model, built.inputs, built.dynamic)
     for at in cuttable(program)[:2]:
         sliced = program.clone()
