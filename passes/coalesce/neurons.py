@@ -1,5 +1,6 @@
 """Units of a layer that compute the same, or nothing, are removed, and what read them reads what is left."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from sparc import codes
 from sparc.analysis.coupling import Contraction
 from sparc.analysis.dependency import Group, groups
 from sparc.contract import Bounded
+from sparc.diag import PassError
 from sparc.pass_base import Pass, PassContext, Rewrite, Stage
 from sparc.passes.coalesce.constants import ConstantInput, constants, held_nodes
 from sparc.passes.coalesce.readers import add_biases, cannot_take_constant, new_columns
@@ -62,10 +64,20 @@ class MergeNeurons(Pass):
 
     Units are those of dependency groups, so gated layers, convolutions and whole attention heads are found alike. It
     undoes Net2WiderNet (Chen et al. 2016). Run it after batch norms are folded.
+
+    Args:
+        multiple: what is left is a multiple of this many units, and superfluous ones stay for it. Kernels and formats
+            with groups like sizes that 8 or 32 divide.
     """
 
     name: ClassVar[str] = "merge_neurons"
     stage: ClassVar[Stage] = Stage.COALESCE
+
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise PassError(codes.BAD_OPTION, f"multiple={self.multiple!r}", hint="a number from 1")
 
     @property
     def contract(self) -> Bounded:
@@ -78,18 +90,18 @@ class MergeNeurons(Pass):
         before = -1
         while context.edits != before:
             before = context.edits
-            _sweep(program, context, cut_nodes)
+            _sweep(program, context, self.multiple, cut_nodes)
             program.sweep()
 
 
-def _sweep(program: Program, context: PassContext, cut_nodes: set[fx.Node]) -> None:
+def _sweep(program: Program, context: PassContext, multiple: int, cut_nodes: set[fx.Node]) -> None:
     """Every group once, the last first: when its units go, columns of the group before it do."""
     edited: set[tuple[str, int]] = set()
     for group in reversed(groups(program)):
         axes = {(member.weight, member.axis) for member in group.members}
         if group.units == 1 or edited & axes:
             continue
-        removal = _find(program, context, group)
+        removal = _find(program, context, group, multiple)
         if removal is not None and context.edit():
             made = _remove(program, context, removal, cut_nodes)
             cut_nodes.update(held_nodes(group))
@@ -98,7 +110,7 @@ def _sweep(program: Program, context: PassContext, cut_nodes: set[fx.Node]) -> N
             edited |= axes
 
 
-def _find(program: Program, context: PassContext, group: Group) -> Removal | None:
+def _find(program: Program, context: PassContext, group: Group, multiple: int) -> Removal | None:
     """What can be removed from a group; None when there is nothing, or something stands in the way."""
     if not group.contractions:
         return None
@@ -110,14 +122,19 @@ def _find(program: Program, context: PassContext, group: Group) -> Removal | Non
     if why:
         context.skip(group.name, f"{removal} of {group.units} units stay: {why}")
         return None
-    return removal if len(removal.gone) < group.units else _leave_one(removal)
+    left = math.ceil(max(1, group.units - len(removal.gone)) / multiple) * multiple
+    if left >= group.units:
+        context.skip(group.name, f"{removal} of {group.units} units stay: no smaller multiple of {multiple} is left")
+        return None
+    return _first(removal, group.units - left)
 
 
-def _leave_one(removal: Removal) -> Removal:
-    """No group is emptied: one constant or unread unit stays."""
-    if len(removal.dead):
-        return replace(removal, dead=removal.dead[1:])
-    return replace(removal, others=replace(removal.others, unread=removal.others.unread[1:]))
+def _first(removal: Removal, count: int) -> Removal:
+    """So many of the units: constants, then those that are never read, then duplicates."""
+    dead, unread = removal.dead[:count], removal.others.unread[: max(0, count - len(removal.dead))]
+    rest = count - len(dead) - len(unread)
+    others = Superfluous(removal.others.duplicates[:rest], removal.others.factors[:rest], unread)
+    return replace(removal, dead=dead, others=others)
 
 
 def _obstacle(group: Group) -> str:

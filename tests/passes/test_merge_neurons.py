@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparc.capture import capture
-from sparc.diag import VerifyError
+from sparc.diag import PassError, VerifyError
 from sparc.driver import Driver
 from sparc.ledger import PassRow
 from sparc.pass_base import Samples
 from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.coalesce import MergeNeurons, neurons
-from sparc.passes.coalesce.constants import _FUNCTIONS
 from sparc.program import Program
 from sparc.testing import assert_pass
 from tests.architectures import ARCHITECTURES
@@ -280,23 +279,6 @@ def test_one_unit_stays() -> None:
     assert shapes(program)["2.weight"] == (5, 1)
 
 
-@pytest.mark.parametrize("name", sorted(_FUNCTIONS - {"cat", "chunk", "split", "split_with_sizes", "slice", "dropout"}))
-def test_functions_keep_what_is_not_known(name: str) -> None:
-    """Constants are found by letting NaN stand for what depends on the input: no function may lose it."""
-    unknown = torch.full((2, 16, 4, 4), torch.nan, dtype=torch.float64)
-    arguments = {
-        **dict.fromkeys(["add", "sub", "div"], (torch.ones(1, dtype=torch.float64),)),
-        **dict.fromkeys(["reshape", "view"], ([-1],)),
-        **dict.fromkeys(["max_pool2d", "adaptive_avg_pool2d"], ([2, 2],)),
-        "permute": ([0, 1, 3, 2],),
-        "transpose": (0, 1),
-        **dict.fromkeys(["unsqueeze", "squeeze"], (0,)),
-    }
-    value = unknown[0] if name in ("max_pool1d", "adaptive_avg_pool1d") else unknown
-    given_: tuple[Any, ...] = ([2],) if name.endswith("pool1d") else arguments.get(name, ())
-    assert bool(getattr(torch.ops.aten, name)(value, *given_).isnan().all())
-
-
 # what stays ----------------------------------------------------------------------------------------------------------
 def twin(model: nn.Sequential) -> nn.Sequential:
     with torch.no_grad():
@@ -379,6 +361,19 @@ def test_wrong_twins_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(neurons, "find_superfluous", unscaled)
     with pytest.raises(VerifyError, match="SPARC301"):
         run(model, torch.randn(3, 6))
+
+
+def test_what_is_left_is_a_multiple() -> None:
+    model = filled(mlp(nn.ReLU())[0], [0, 1, 2]), nn.ReLU(), nn.Linear(8, 4)
+    x = torch.randn(3, 6)
+    for multiple, left in ((1, 5), (2, 6), (3, 6), (8, 8)):
+        driver = Driver(capture(nn.Sequential(*model), (x,)), Samples({"forward": [[x]]}), verify="full")
+        row = driver.run(MergeNeurons(multiple))
+        assert shapes(driver.program)["0.weight"] == (left, 6)
+        assert not driver.run(MergeNeurons(multiple)).changed
+        assert ("no smaller multiple of 8 is left" in reasons(row)) == (multiple == 8)
+    with pytest.raises(PassError, match="SPARC209"):
+        MergeNeurons(0)
 
 
 def test_half_precision() -> None:
