@@ -184,6 +184,12 @@ BAD_SELECTOR = Code(
     "to exclude.",
     "see the selectors in docs/recipes.md",
 )
+UNITS_REMOVED = Code(
+    "SPARC214",
+    "superfluous units were removed",
+    "Units of a layer that equal others, are constant or are never read were removed; what reads the layer was "
+    "changed so that it computes the same.",
+)
 
 # 3xx: verification --------------------------------------------------------------------------------------------------
 CONTRACT_BROKEN = Code(

@@ -3,13 +3,15 @@
 import re
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_writing_a_pass_runs_as_written():
-    text = (DOCS / "writing_a_pass.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) > 4
-    scope = {"__name__": "writing_a_pass"}
+@pytest.mark.parametrize(("page", "count"), [("writing_a_pass", 5), ("structure", 1)])
+def test_a_page_runs_as_written(page, count):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+    assert len(blocks) >= count
+    scope = {"__name__": page}
     for block in blocks:
-        exec(compile(block, "writing_a_pass.md", "exec"), scope)
+        exec(compile(block, f"{page}.md", "exec"), scope)

@@ -1,5 +1,6 @@
-"""Coalescing: several operators become one, larger one."""
+"""Coalescing: what is computed twice is computed once, and several operators become one, larger one."""
 
+from sparc.passes.coalesce.neurons import MergeNeurons
 from sparc.passes.coalesce.parallel import coalesce_parallel
 
-__all__ = ["coalesce_parallel"]
+__all__ = ["MergeNeurons", "coalesce_parallel"]
