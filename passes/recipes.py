@@ -8,9 +8,17 @@ from sparc.passes.activation.correct import CorrectBias
 from sparc.passes.activation.dynamic import QuantizeActivations
 from sparc.passes.activation.static import CalibrateActivations
 from sparc.passes.canonicalize import Canonicalize
+from sparc.passes.coalesce import MergeNeurons, coalesce_parallel
 from sparc.passes.encode import Encode
 from sparc.passes.equalize.smooth import Smooth
-from sparc.passes.fold import fold_batch_norm, fold_batch_norm_before
+from sparc.passes.fold import (
+    fold_affine,
+    fold_batch_norm,
+    fold_batch_norm_before,
+    fold_norm_affine,
+    fold_shared,
+    fold_table,
+)
 from sparc.passes.prune import Prune
 from sparc.passes.round import Round
 from sparc.recipe import Recipe, Step
@@ -25,6 +33,12 @@ def prepare() -> tuple[Pass, ...]:
     return (Canonicalize(), fold_batch_norm, fold_batch_norm_before)
 
 
+def exact() -> tuple[Pass, ...]:
+    """The folds and merges behind `prepare`: fewer operators and bytes, or none of it."""
+    folds = (fold_shared, fold_affine, fold_table, fold_norm_affine)
+    return (*folds, MergeNeurons(), coalesce_parallel)
+
+
 def _recipe(name: str, *steps: Pass | Step) -> Recipe:
     every = (*prepare(), *steps, Encode())
     return Recipe(tuple(step if isinstance(step, Step) else Step(step) for step in every), name=name)
@@ -34,6 +48,7 @@ def recipes() -> dict[str, Recipe]:
     """Every shipped recipe.
 
     - `dense`: nothing is compressed; the graph is cleaned and raised.
+    - `exact`: as `dense`, and every fold and merge that changes nothing but rounding.
     - `w8`: weights in 8 bits per output channel.
     - `w4`: weights in 4 bits per group of 32, and in 8 per output channel where that removes most output noise for each
     byte of a budget; embeddings (and a head tied to one) in 8.
@@ -45,6 +60,7 @@ def recipes() -> dict[str, Recipe]:
     """
     return {
         "dense": Recipe(tuple(Step(each) for each in prepare()), name="dense"),
+        "exact": Recipe(tuple(Step(each) for each in (*prepare(), *exact())), name="exact"),
         "w8": _recipe("w8", Round(INT8)),
         "w4": _recipe(
             "w4",
