@@ -23,9 +23,10 @@ def extension() -> Extension:
     from sparc.passes.prune import Prune
     from sparc.passes.recipes import recipes
     from sparc.passes.round import Round
+    from sparc.passes.share_steps import ShareSteps
 
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, RemoveDead, fold_batch_norm, fold_batch_norm_before)
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
-    passes = (*exact, Equalize, Smooth, Prune, Round, *activations, Encode)
+    passes = (*exact, ShareSteps, Equalize, Smooth, Prune, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

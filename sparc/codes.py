@@ -184,6 +184,14 @@ BAD_SELECTOR = Code(
     "to exclude.",
     "see the selectors in docs/recipes.md",
 )
+NOT_COALESCIBLE = Code(
+    "SPARC220",
+    "a program has no coarser level, or two programs are not of one family",
+    "Coalescing merges the features and layers of repeated transformer blocks: every feature space inside them must be "
+    "read and written by operators that are known to commute with merging, and have a number of units (whole heads, or "
+    "features) that the width divides.",
+    "canonicalize the program first, choose another width, or merge layers only (width=1)",
+)
 
 # 3xx: verification --------------------------------------------------------------------------------------------------
 CONTRACT_BROKEN = Code(
