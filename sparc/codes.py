@@ -190,7 +190,8 @@ NOT_COALESCIBLE = Code(
     "Coalescing merges the features and layers of repeated transformer blocks: every feature space inside them must be "
     "read and written by operators that are known to commute with merging, and have a number of units (whole heads, or "
     "features) that the width divides.",
-    "canonicalize the program first, choose another width, or merge layers only (width=1)",
+    "canonicalize the program first, capture the model with its head (outputs keep their features), choose another "
+    "width, or merge layers only (width=1)",
 )
 
 # 3xx: verification --------------------------------------------------------------------------------------------------

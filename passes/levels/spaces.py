@@ -252,6 +252,16 @@ def _along(spaces: Spaces, node: fx.Node) -> bool:
     return True
 
 
+def _stack(spaces: Spaces, node: fx.Node) -> bool:
+    axis = normalized_arguments(node)["dim"] % len(spaces[node])
+    freeze(spaces[node][axis : axis + 1], "stack makes it")
+    for used in node.all_input_nodes:
+        x = spaces[used]
+        join_all(spaces[node], [*x[:axis], None, *x[axis:]])
+    _pass_on(spaces, node)
+    return True
+
+
 def _select(spaces: Spaces, node: fx.Node) -> bool:
     arguments = normalized_arguments(node)
     x = spaces[arguments["self"]]
@@ -308,6 +318,7 @@ HANDLERS: dict[Any, Callable[[Spaces, fx.Node], bool]] = {
     aten.embedding: _embedding,
     aten.scaled_dot_product_attention: _attention,
     aten.select: _select,
+    aten.stack: _stack,
     **_each(aten.conv1d, aten.conv2d, handler=_convolution),
     **_each(aten.layer_norm, aten.rms_norm, handler=_norm),
     **_each(aten.permute, aten.transpose, aten.t, handler=_permute),
