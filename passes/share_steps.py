@@ -164,7 +164,9 @@ def _scale(program: Program, layers: list[fx.Node], factor: float) -> None:
     for weight in dict.fromkeys(used for layer in layers for used in layer.all_input_nodes if is_weight(used)):
         name = str(weight.target)
         scaled = program.weights[name].double().mul(factor).to(program.weights[name].dtype)
-        users = {user for _, node in program.nodes() if node.op == "get_attr" and node.target == name for user in node.users}
+        users = {
+            user for _, node in program.nodes() if node.op == "get_attr" and node.target == name for user in node.users
+        }
         if users <= readers:
             program.set_weight(name, scaled)
             continue

@@ -112,7 +112,10 @@ class _Merge:
         pairs = zip(sizes, axes, strict=False)
         node.update_arg(
             position,
-            [self.size(axis) if isinstance(size, int) and size > 0 and axis is not None else size for size, axis in pairs],
+            [
+                self.size(axis) if isinstance(size, int) and size > 0 and axis is not None else size
+                for size, axis in pairs
+            ],
         )
 
 

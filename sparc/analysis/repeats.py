@@ -132,7 +132,8 @@ class _Chain:
     def _search(self, forms: list[int], sizes: list[int], offset: int) -> Iterator[Repeats]:
         """The largest periodic stretch that proves to be a repeated block, and then those on both sides of it."""
         candidates = sorted(
-            periodic(forms), key=lambda each: (-sum(sizes[each.stop - each.period * each.count : each.stop]), each.period)
+            periodic(forms),
+            key=lambda each: (-sum(sizes[each.stop - each.period * each.count : each.stop]), each.period),
         )
         for candidate in candidates:
             found = self._confirm(candidate, offset)
@@ -245,7 +246,10 @@ def _trace(first: fx.Node, last: fx.Node, inside: Callable[[fx.Node], bool], *, 
                 types.append(_type(node))
             return ("weight", weights.setdefault(str(node.target), len(weights)))
         outer[node] = None
-        return ("outer", node.name if exact else (node.op, node.target if node.op == "call_function" else "", _type(node)))
+        return (
+            "outer",
+            node.name if exact else (node.op, node.target if node.op == "call_function" else "", _type(node)),
+        )
 
     calls = [
         (node.target, _type(node), _literal(node.args, reference), _literal(node.kwargs, reference)) for node in nodes

@@ -162,7 +162,5 @@ def test_periodic_stretches_are_maximal(sequence):
                 stretch = sequence[start:stop]
                 if stretch[period:] == stretch[:-period]:
                     expected.add((start, stop, period))
-    widest = {
-        (a, b, p) for a, b, p in expected if not any((c, d, p) in expected for c, d in ((a - 1, b), (a, b + 1)))
-    }
+    widest = {(a, b, p) for a, b, p in expected if not any((c, d, p) in expected for c, d in ((a - 1, b), (a, b + 1)))}
     assert found == widest

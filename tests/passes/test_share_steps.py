@@ -9,14 +9,22 @@ from torch import nn
 from sparc.capture import capture
 from sparc.diag import PassError
 from sparc.driver import Driver
-from sparc.encoding import IntGrid
+from sparc.encoding.int_grid import IntGrid
 from sparc.pass_base import PassContext, Samples
 from sparc.passes.canonicalize import Canonicalize
+from sparc.passes.clean import RemoveNoOps
 from sparc.passes.encode import Encode
 from sparc.passes.round import Round
 from sparc.passes.share_steps import ShareSteps
+from sparc.testing import assert_pass
 from sparc.verify import relative_error
 from tests.architectures import ARCHITECTURES
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
 
 
 class Steps(nn.Module):
@@ -52,7 +60,12 @@ class Parallel(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.a, self.b, self.c = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 9), nn.Linear(9, 6, bias=False)
+        self.norm, self.a, self.b, self.c = (
+            nn.LayerNorm(6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 9),
+            nn.Linear(9, 6, bias=False),
+        )
 
     def forward(self, x, factors=(1.0, 1.0)):
         y = self.norm(x)
@@ -76,7 +89,7 @@ class NormedBranch(Parallel):
 def run(model, steps, x, *before):
     program = capture(model.eval(), (x,))
     driver = Driver(program, Samples({"forward": [[x]]}))
-    for step in before:
+    for step in (RemoveNoOps(), *before):
         driver.run(step)
     return driver.program, driver.run(ShareSteps(steps)), driver
 
@@ -121,8 +134,7 @@ def test_every_branch_takes_the_factor(kind, factor):
 def test_more_steps_come_closer():
     torch.manual_seed(2)
     block, x = PostNorm(), torch.randn(32, 6)
-    with torch.no_grad():
-        block.c.weight.mul_(0.3)
+    block.c.weight.mul_(0.3)
     model = Steps(*[block] * 12)
     exact = model(x)
     errors = [relative_error(exact, run(model, steps, x)[2].program.run(x)) for steps in (2, 4, 6, 12)]
@@ -133,6 +145,10 @@ def test_more_steps_come_closer():
 def test_the_text_of_a_shared_model(golden):
     program, _, driver = run(Steps(*[Parallel()] * 4), 2, torch.randn(4, 6))
     golden("share_steps.txt", f"{program.text()}\n{driver.program.text()}")
+
+
+def test_the_result_is_stored_and_takes_other_sizes():
+    assert_pass(ShareSteps(2), Steps(*[PostNorm()] * 3).eval(), (torch.randn(4, 6),), dynamic={"x": {0: "batch"}})
 
 
 def test_groups_of_layers_are_shared_apart():
@@ -231,11 +247,12 @@ def test_albert_takes_larger_steps():
     driver = Driver(program, Samples({"forward": [flat]}))
     row = driver.run(ShareSteps(2))
     assert row.changed
-    attention, ffn = (f"encoder.albert_layer_groups.0.albert_layers.0.{end}" for end in ("attention.dense", "ffn_output"))
-    with torch.no_grad():
-        for name, parameter in built.model.named_parameters():
-            if name.startswith((attention, ffn)):
-                parameter.mul_(2)
-        built.model.encoder.config.num_hidden_layers = 2
-        expected = built.model(**built.inputs).last_hidden_state
+    attention, ffn = (
+        f"encoder.albert_layer_groups.0.albert_layers.0.{end}" for end in ("attention.dense", "ffn_output")
+    )
+    for name, parameter in built.model.named_parameters():
+        if name.startswith((attention, ffn)):
+            parameter.mul_(2)
+    built.model.encoder.config.num_hidden_layers = 2
+    expected = built.model(**built.inputs).last_hidden_state
     assert relative_error(expected, driver.program.run(**built.inputs).last_hidden_state) < 1e-5
