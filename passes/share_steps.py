@@ -1,8 +1,8 @@
 """Fewer, larger steps through a block that a model applies several times with the same weights.
 
-A residual block applied N times, `h <- h + f(h)`, is N explicit Euler steps of length 1 along `dh/dt = f(h)`. K steps of
-length N / K cover the same time (the view of parameter-shared models as differential equations, arXiv 2310.12818). The
-factor of a branch is folded into its last layer, so a larger step costs nothing.
+A residual block applied N times, `h <- h + f(h)`, is N explicit Euler steps of length 1 along `dh/dt = f(h)`. K steps
+of length N / K cover the same time (the view of parameter-shared models as differential equations, arXiv 2310.12818).
+The factor of a branch is folded into its last layer, so a larger step costs nothing.
 """
 
 from collections.abc import Iterator

@@ -1,10 +1,10 @@
 """The maps between a weight of one level and the same weight of the next: averages, sums and copies along its axes.
 
 Units `j`, `j + n`, `j + 2n`, ... of a space with `width * n` units become unit `j` of the coalesced space. With `F` the
-average over such a group (`[n, width * n]`, rows sum to 1) and `T` the duplication (`[width * n, n]`), `F T = I`. An axis
-along which a weight writes is averaged and duplicated (`F`, `T`); one that is contracted with an activation is summed,
-since the merged activation stands for all of them, and shared out again (`T^T`, `F^T`). Multi-Level Framework,
-arXiv 2404.07999, section 3.
+average over such a group (`[n, width * n]`, rows sum to 1) and `T` the duplication (`[width * n, n]`), `F T = I`. An
+axis along which a weight writes is averaged and duplicated (`F`, `T`); one that is contracted with an activation is
+summed, since the merged activation stands for all of them, and shared out again (`T^T`, `F^T`). These are the maps of
+the Multi-Level Framework (arXiv 2404.07999).
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ class AxisMap:
 
 
 def coalesce_weight(members: Sequence[Tensor], axes: Sequence[AxisMap]) -> Tensor:
-    """The weight that stands for `members`, the same weight of neighbouring layers: merged along its axes, and averaged.
+    """The weight that stands for `members`, one weight in neighbouring layers: merged along its axes, and averaged.
 
     Everything is computed in float64 and rounded once to the members' dtype.
     """

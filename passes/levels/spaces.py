@@ -77,7 +77,7 @@ class Spaces:
             self.written |= {(str(node.target), axis) for axis in axes}
 
 
-# operators: each returns whether it understood the call ----------------------------------------------------------------
+# operators: each returns whether it understood the call ---------------------------------------------------------------
 def _pointwise(spaces: Spaces, node: fx.Node) -> bool:
     for used in node.all_input_nodes:
         if tensor_type(used) is not None:
@@ -184,8 +184,8 @@ def _pass_on(spaces: Spaces, node: fx.Node) -> None:
 
 
 def _reshape(spaces: Spaces, node: fx.Node) -> bool:
-    """Sizes that stand on both sides keep their axes; one axis may be cut into several, or made of several, of which the
-    first counts the units.
+    """Sizes that stand on both sides keep their axes; one axis may be cut into several, or made of several, of which
+    the first counts the units.
     """
     x = node.args[0]
     old, new = list(x.meta["val"].shape), list(node.meta["val"].shape)  # type: ignore[union-attr]

@@ -80,8 +80,8 @@ def find_repeats(graph: fx.Graph) -> list[Repeats]:
     """The repeated blocks of a graph, in order of their first nodes.
 
     Blocks are as long as they can be repeated, and every block reads a weight; repeated parts inside a repeated block
-    are not listed. The time is linear in the number of nodes for each start of a chain, which is a float input or a node
-    that reads a weight outside the blocks already found.
+    are not listed. The time is linear in the number of nodes for each start of a chain, which is a float input or a
+    node that reads a weight outside the blocks already found.
     """
     found: list[Repeats] = []
     taken: set[fx.Node] = set()
