@@ -162,7 +162,7 @@ def _attention(spaces: Spaces, node: fx.Node) -> bool:
 
 def _permute(spaces: Spaces, node: fx.Node) -> bool:
     arguments = normalized_arguments(node)
-    x = spaces[arguments.get("self", arguments.get("input"))]
+    x = spaces[arguments["input" if "input" in arguments else "self"]]
     order = list(range(len(x)))
     if "dims" in arguments:
         order = [dim % len(x) for dim in arguments["dims"]]

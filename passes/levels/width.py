@@ -46,9 +46,9 @@ def merge_features(program: Program, inside: Collection[fx.Node], width: int) ->
     for node in list(entry.graph.nodes):
         if node.op == "call_function":
             merge.resize(node)
-    for node, name, axis in spaces.products:
-        if (name, axis) in spaces.written and not spaces.contracts(name, axis):
-            _scale_input(entry, node, merge, spaces.weights[name][axis])
+    for node, name, contracted in spaces.products:
+        if not spaces.contracts(name, contracted):
+            _scale_input(entry, node, merge, spaces.weights[name][contracted])
     maps = {name: merge.maps(name) for name in spaces.weights}
     return {name: found for name, found in maps.items() if found}
 
@@ -91,7 +91,7 @@ class _Merge:
     def resize(self, node: fx.Node) -> None:
         """Rewrite the sizes among a node's arguments."""
         packet = getattr(node.target, "overloadpacket", node.target)
-        axes = self._spaces.axes.get(node)
+        axes: Any = self._spaces.axes[node]
         if packet in _SIZES:
             self._update(node, _SIZES[packet], axes)
         elif packet is aten.unflatten:

@@ -169,9 +169,12 @@ class _Chain:
             elif node.op == "call_function" and node.users:
                 owners = {owner.get(user) for user in node.users}
                 owner[node] = owners.pop() if len(owners) == 1 else None
+        inner: dict[int | None, set[fx.Node]] = {}
+        for node, index in owner.items():
+            inner.setdefault(index, set()).add(node)
         return [
-            _trace(self.cuts[start], self.cuts[start + length], lambda node, i=i: owner.get(node) == i, exact=True)
-            for i, start in enumerate(starts)
+            _trace(self.cuts[start], self.cuts[start + length], inner[index].__contains__, exact=True)
+            for index, start in enumerate(starts)
         ]
 
 
