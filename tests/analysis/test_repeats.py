@@ -123,6 +123,12 @@ def test_a_block_owns_what_only_it_reads():
     assert found.escape is None
 
 
+def test_a_deep_model_is_one_block():
+    (found,) = stack_repeats(*[Block() for _ in range(30)])
+    assert len(found) == 30
+    assert len({len(each.nodes) for each in found}) == 1
+
+
 def test_other_blocks_do_not_count():
     class Other(Block):
         def forward(self, x, context, scale):

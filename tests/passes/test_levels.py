@@ -107,9 +107,9 @@ def decoder(count=4, **options):
     return capture(model, (IDS,))
 
 
-def architecture(name, **options):
+def architecture(name, auto=None, **options):
     found = ARCHITECTURES[name]
-    built = replace(found, options={**found.options, **options}).build()
+    built = replace(found, auto=auto or found.auto, options={**found.options, **options}).build()
     program = capture(built.model, built.inputs, dynamic=built.dynamic)
     Canonicalize().run(program, PassContext())
     program.sweep()
@@ -237,9 +237,20 @@ def test_features_keep_the_function():
     assert worst(small, sparc.decoalesce(small, level), [IDS]) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "opt", "qwen3"])
-def test_features_of_an_architecture_keep_the_function(name):
-    program, flat = architecture(name)
+ARCHITECTURES_WITH_HEADS = {
+    "gpt2": None,  # tied, one matrix for queries, keys and values
+    "llama": None,  # grouped queries, rotary
+    "gpt_neox": None,  # queries, keys and values of a head are neighbours
+    "qwen3": None,  # norms inside heads
+    "cohere": None,  # rotary by interleaving, branches in parallel, tied
+    "bert": "AutoModelForMaskedLM",  # norms behind the additions, masks
+    "vit": "AutoModelForImageClassification",  # a convolution, an extra token
+}
+
+
+@pytest.mark.parametrize(("name", "auto"), ARCHITECTURES_WITH_HEADS.items())
+def test_features_of_an_architecture_keep_the_function(name, auto):
+    program, flat = architecture(name, auto)
     small, level = sparc.coalesce(program, depth=1)
     small = randomized(small)
     grown = sparc.decoalesce(small, level)
