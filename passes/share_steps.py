@@ -60,7 +60,7 @@ class ShareSteps(Pass):
 
     def run(self, program: Program, context: PassContext) -> None:
         """Enlarge the steps of every shared block."""
-        for entry in program.entries.values():
+        for entry in program.entries.values() if self.steps is not None else ():
             for repeats in reversed(find_repeats(entry.graph)):  # the nodes of what comes before stay
                 if not repeats.shared:
                     context.skip(repeats.repetitions[0].result, "its repetitions have weights of their own")

@@ -28,6 +28,7 @@ COUNTS = {
     "gemma2": ({"num_hidden_layers": 6}, [3]),  # a local and a global layer make one block
     "resnet": ({"depths": [3, 4]}, [2, 3]),  # the first block of a stage has another shape
     "mobilenet_v2": ({}, [2, 3, 2, 2]),
+    "mobilevit": ({}, [2, 2, 4, 3]),  # transformers inside a skip connection
     "clip": ({}, [2, 2]),
     "convnext": ({}, []),  # one block a stage
 }
