@@ -1,4 +1,4 @@
-"""Levels: the maps' algebra, known weights, functions that must be preserved, and every program without a level."""
+"""Levels: the algebra of the maps, weights known by hand, functions that must be preserved, interpolation."""
 
 from dataclasses import replace
 
@@ -6,20 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
-from torch.nn import functional as F
 
 import sparc
-from sparc.capture import capture, capture_entries
+from sparc.capture import capture
 from sparc.diag import PassError
-from sparc.encoding.int_grid import IntGrid
 from sparc.pass_base import PassContext
 from sparc.passes.canonicalize import Canonicalize
-from sparc.passes.encode import Encode
 from sparc.passes.levels.maps import AxisMap, Part
-from sparc.passes.round import Round
 from sparc.verify import relative_error
 from tests.architectures import ARCHITECTURES
+from tests.passes.level_models import IDS, Decoder, Layer, decoder
 
 
 @pytest.fixture(autouse=True)
@@ -53,60 +49,7 @@ def test_units_stay_together():
     assert heads.decoalesce(torch.tensor([1.0, 2, 3, 4])).tolist() == [1, 2, 3, 4, 1, 2, 3, 4]
 
 
-# models --------------------------------------------------------------------------------------------------------------
-class Layer(nn.Module):
-    """Attention with heads of queries that share fewer of keys, and a gated feed-forward layer."""
-
-    def __init__(self, queries=4, keys=2):
-        super().__init__()
-        self.queries, size = queries, 16 // queries
-        self.sizes = [16, keys * size, keys * size]
-        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
-        self.qkv, self.out = nn.Linear(16, sum(self.sizes)), nn.Linear(16, 16, bias=False)
-        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
-
-    def forward(self, x):
-        q, k, v = (
-            y.unflatten(-1, (-1, 16 // self.queries)).transpose(1, 2)
-            for y in self.qkv(self.norm1(x)).split(self.sizes, dim=-1)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.out(y.transpose(1, 2).flatten(-2))
-        y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-class Decoder(nn.Module):
-    """Layers between an embedding and a head that is tied to it."""
-
-    def __init__(self, *layers, states=False):
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(20, 16), nn.Parameter(torch.randn(6, 16))
-        self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(16)
-        self.states = states
-
-    def forward(self, ids):
-        x, states = self.tokens(ids) + self.positions, []
-        for layer in self.layers:
-            x = layer(x)
-            states.append(x)
-        logits = F.linear(self.norm(x), self.tokens.weight)
-        return (logits, *states) if self.states else logits
-
-
-IDS = torch.arange(12).reshape(2, 6)
-
-
-def decoder(count=4, **options):
-    torch.manual_seed(0)
-    model = Decoder(*[Layer() for _ in range(count)], **options).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return capture(model, (IDS,))
-
-
+# programs ----------------------------------------------------------------------------------------------------------
 def architecture(name, auto=None, **options):
     found = ARCHITECTURES[name]
     built = replace(found, auto=auto or found.auto, options={**found.options, **options}).build()
@@ -323,80 +266,3 @@ def test_wrong_partners_are_refused():
     for alpha in (-0.1, 1.5):
         with pytest.raises(PassError, match="SPARC209"):
             sparc.interpolate(big, big, alpha)
-
-
-# refusals ------------------------------------------------------------------------------------------------------------
-class Sorted(Layer):
-    def forward(self, x):
-        return super().forward(x.sort(-1).values)
-
-
-class Constant(Layer):
-    def __init__(self, shift):
-        super().__init__()
-        self.register_buffer("shift", torch.tensor([shift] * 6))
-
-    def forward(self, x):
-        return super().forward(x[:, self.shift])
-
-
-class NoHead(Decoder):
-    def forward(self, ids):
-        return self.layers[1](self.layers[0](self.tokens(ids)))
-
-
-class Penalty(Decoder):
-    def forward(self, ids):
-        return super().forward(ids) + self.layers[1].up.weight.sum()
-
-
-def program_of(model):
-    torch.manual_seed(0)
-    return capture(model.eval(), (IDS,))
-
-
-REFUSALS = {
-    "one layer": (lambda: decoder(1), {}, "no block is repeated"),
-    "heads": (decoder, {"width": 3}, "they make 2 units"),
-    "sorted": (lambda: program_of(Decoder(Sorted(), Sorted())), {}, "sort reads or writes it"),
-    "no head": (lambda: program_of(NoHead(Layer(), Layer())), {}, "it is an output of the program"),
-    "states": (lambda: decoder(states=True), {"width": 1}, "read outside its layer"),
-    "constants": (lambda: program_of(Decoder(Constant(1), Constant(2))), {"width": 1}, "differs between layers"),
-    "read elsewhere": (lambda: program_of(Penalty(Layer(), Layer())), {"width": 1}, "also read outside its layer"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_programs_without_a_level(case):
-    make, options, why = REFUSALS[case]
-    with pytest.raises(PassError, match=why) as error:
-        sparc.coalesce(make(), **options)
-    assert error.value.code == "SPARC220"
-
-
-def test_layers_shared_across_groups_are_refused():
-    torch.manual_seed(0)
-    a, b = Layer(), Layer()
-    with pytest.raises(PassError, match="not neighbours"):
-        sparc.coalesce(capture(Decoder(a, b, b, a).eval(), (IDS,)), width=1)
-
-
-def test_encoded_weights_are_refused():
-    program = decoder()
-    for step in (Round(IntGrid(bits=8)), Encode()):
-        step.run(program, PassContext())
-    with pytest.raises(PassError, match="SPARC220"):
-        sparc.coalesce(program)
-
-
-def test_several_entries_are_refused():
-    model = Decoder(Layer(), Layer()).eval()
-    program = capture_entries(model, {name: {"example_inputs": (IDS,)} for name in "ab"})
-    with pytest.raises(PassError, match="2 entries"):
-        sparc.coalesce(program)
-
-
-@pytest.mark.parametrize("options", [{"width": 0}, {"depth": 0}])
-def test_nothing_cannot_be_merged(options):
-    with pytest.raises(PassError, match="SPARC209"):
-        sparc.coalesce(decoder(2), **options)
