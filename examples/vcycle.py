@@ -57,10 +57,10 @@ class Setting:
     heads: int = 4
     context: int = 64
     batch: int = 16
-    steps: int = 800
+    steps: int = 600
     start: float = 0.1
     small: float = 0.7
-    alpha: float = 0.25
+    alpha: float = 0.5
     small_rate: float = 2.0
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     every: int = 25

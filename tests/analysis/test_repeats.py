@@ -140,6 +140,25 @@ def test_other_blocks_do_not_count():
     assert stack_repeats(Block(), Other()) == []
 
 
+class Alternating(Stack):
+    """Every third block reads another scale."""
+
+    def forward(self, x, context):
+        scales = torch.sigmoid(context.mean()), torch.sigmoid(context.sum())
+        for index, block in enumerate(self.blocks):
+            x = block(x, context, scales[index % 3 == 2])
+        return self.head(x)
+
+
+def test_blocks_that_take_turns_are_one_block():
+    program = capture(Alternating(*[Block() for _ in range(10)]).eval(), (torch.randn(2, 8), torch.randn(2, 4)))
+    (found,) = find_repeats(program.graph)
+    check([found])
+    assert len(found) == 3
+    weights = found.repetitions[1].weights
+    assert {f"blocks.{index}.up.weight" for index in (4, 5, 6)} < set(weights)
+
+
 def test_neighbours_with_the_same_weights_are_shared():
     a, b = Block(), Block()
     (found,) = stack_repeats(a, a, a, b, b, Block())

@@ -45,6 +45,7 @@ def program_of(model):
 REFUSALS = {
     "one layer": (lambda: decoder(1), {}, "no block is repeated"),
     "heads": (decoder, {"width": 3}, "they make 2 units"),
+    "half a head": (decoder, {"width": 4}, "they make 2 units"),
     "sorted": (lambda: program_of(Decoder(Sorted(), Sorted())), {}, "sort reads or writes it"),
     "no head": (lambda: program_of(NoHead(Layer(), Layer())), {}, "it is an output of the program"),
     "states": (lambda: decoder(states=True), {"width": 1}, "read outside its layer"),
