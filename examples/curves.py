@@ -29,10 +29,13 @@ class Curve:
         """The operations after which the loss was least."""
         return min(self.points, key=lambda point: point[1])[0]
 
-    def reached(self, y: float) -> float | None:
-        """The operations after which the loss was first `y` or less, interpolated between points; None if never."""
+    def reached(self, y: float, after: float = 0.0) -> float | None:
+        """The operations after which the loss was first `y` or less, interpolated between points; None if never.
+
+        Points up to `after` do not count.
+        """
         before: tuple[float, float] | None = None
-        for point in self.points:
+        for point in (each for each in self.points if each[0] > after):
             if point[1] <= y:
                 if before is None:
                     return point[0]

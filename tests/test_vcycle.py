@@ -68,5 +68,6 @@ def test_savings_are_read_off_the_curves():
     assert good.reached(1.5) == 2
     assert vcycle.Result(plain, good).saved == 0.5
     assert vcycle.Result(plain, bad).saved is None
+    assert vcycle.Result(plain, good, resumed=2.5).saved == 0.25  # a small model that is as good does not count
     assert "saved 50 % of" in vcycle.conclusion([vcycle.Result(plain, good)])
     assert "1 of 2 V-cycles never reached" in vcycle.conclusion([vcycle.Result(plain, good), vcycle.Result(plain, bad)])
