@@ -33,11 +33,12 @@ def extension() -> Extension:
     from sparc.passes.recipes import recipes
     from sparc.passes.rotate import Rotate
     from sparc.passes.round import Round
+    from sparc.passes.share_steps import ShareSteps
 
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
     folds = (fold_batch_norm, fold_batch_norm_before, fold_shared, fold_affine, fold_table, fold_norm_affine)
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, coalesce_parallel)
-    cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, Rotate, Equalize, Smooth, Prune)
+    cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, Rotate, Equalize, Smooth, Prune)
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, *cuts, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

@@ -1,6 +1,6 @@
 """sparc: a compiler for sparse and quantized PyTorch models that shows the evidence."""
 
-from sparc.api import compile, load, plan
+from sparc.api import coalesce, compile, decoalesce, interpolate, load, plan
 from sparc.artifact import Artifact
 from sparc.capture import capture, capture_entries
 from sparc.contract import Approximate, Bounded, Exact
@@ -29,7 +29,10 @@ __all__ = [
     "Step",
     "capture",
     "capture_entries",
+    "coalesce",
     "compile",
+    "decoalesce",
+    "interpolate",
     "load",
     "plan",
     "rewrite",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -26,6 +26,9 @@ from sparc.samples import Data, make_samples
 from sparc.selector import assign
 from sparc.signature import bind_examples
 from sparc.target import Emission, EmitContext, Estimating, Target
+
+if TYPE_CHECKING:
+    from sparc.passes.levels import LevelMap
 
 RecipeLike = str | Path | Recipe | Iterable[Pass | Step]
 
@@ -117,6 +120,27 @@ def plan(
     program = _capture(model, example_inputs, dynamic, diagnostics)
     sites, others = find_sites(program)
     return Plan(chosen, program, tuple(frozenset(claimed) for claimed in assign(chosen.steps, sites, others)))
+
+
+def coalesce(program: Program, width: int = 2, depth: int = 2) -> "tuple[Program, LevelMap]":
+    """A smaller program with merged features and layers, and the map back: see `sparc.passes.levels.coalesce`."""
+    from sparc.passes import levels
+
+    return levels.coalesce(program, width, depth)
+
+
+def decoalesce(small: Program, level: "LevelMap") -> Program:
+    """The larger program that acts like a coalesced one: see `sparc.passes.levels.decoalesce`."""
+    from sparc.passes import levels
+
+    return levels.decoalesce(small, level)
+
+
+def interpolate(big: Program, grown: Program, alpha: float) -> Program:
+    """`(1 - alpha) * big + alpha * grown`, weight by weight: see `sparc.passes.levels.interpolate`."""
+    from sparc.passes import levels
+
+    return levels.interpolate(big, grown, alpha)
 
 
 def load(folder: str | Path) -> Artifact:

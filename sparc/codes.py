@@ -190,6 +190,15 @@ UNITS_REMOVED = Code(
     "Units of a layer that equal others, are constant or are never read were removed; what reads the layer was "
     "changed so that it computes the same.",
 )
+NOT_COALESCIBLE = Code(
+    "SPARC220",
+    "a program has no coarser level, or two programs are not of one family",
+    "Coalescing merges the features and layers of repeated transformer blocks: every feature space inside them must be "
+    "read and written by operators that are known to commute with merging, and have a number of units (whole heads, or "
+    "features) that the width divides.",
+    "canonicalize the program first, capture the model with its head (outputs keep their features), choose another "
+    "width, or merge layers only (width=1)",
+)
 
 # 3xx: verification --------------------------------------------------------------------------------------------------
 CONTRACT_BROKEN = Code(

@@ -308,7 +308,7 @@ class Program:
     def __str__(self) -> str:
         return self.text()
 
-    def module(self, train: bool = False) -> nn.Module:
+    def module(self, train: bool = False) -> "ProgramModule":
         """The program as an `nn.Module` whose parameters carry the user's own names (dots become nested modules).
 
         Args:
@@ -335,6 +335,16 @@ class ProgramModule(nn.Module):
                 owner.register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
             else:
                 owner.register_buffer(leaf, tensor.detach().clone())
+
+    def to_program(self) -> Program:
+        """The program with the module's present parameters and buffers, trained or not; values are copied, and grids
+        are dropped.
+        """
+        program = self._program.clone()
+        present = {**dict(self.named_buffers()), **dict(self.named_parameters())}
+        for name in program.weights:
+            program.set_weight(name, present[name].detach().clone())
+        return program
 
     def forward(self, *args: Any, entry: str | None = None, **kwargs: Any) -> Any:
         """Call the program's entry like the model itself."""
