@@ -1,7 +1,8 @@
 """What the exact passes do to real models and to published blocks: operators, bytes, launches, time.
 
-    python -m benchmarks.exact models        # writes benchmarks/results/exact.json and the tables of docs/exact.md
+    python -m benchmarks.exact models        # writes benchmarks/results/exact.json
     python -m benchmarks.exact layers        # compile time of all exact passes against the number of layers
+    python -m benchmarks.exact page          # writes the tables of docs/exact.md from both
 
 "before" is the canonical program, "after" the recipe `exact`. Launches are nodes of the ONNX file and operators of the
 eager program; times are ratios after / before, interleaved pairs at 2 threads, medians with 95% intervals.
@@ -32,6 +33,8 @@ from sparc.program import Program
 
 app = typer.Typer(add_completion=False)
 THREADS = 2
+PAGE = Path(__file__).parent.parent / "docs" / "exact.md"
+START, END = "<!-- exact -->", "<!-- end -->"
 LAYERS = (4, 15, 30, 60, 120)
 
 
@@ -167,7 +170,20 @@ def layers() -> None:
     save("exact-layers", {"rows": rows})
 
 
-def page(results: Path = FOLDER) -> str:
+@app.command()
+def page() -> None:
+    """Write the tables into docs/exact.md."""
+    PAGE.write_text(place(PAGE.read_text()))
+
+
+def place(text: str) -> str:
+    """The page with the tables between its marks."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{tables()}\n{END}{after}"
+
+
+def tables(results: Path = FOLDER) -> str:
     """The tables of docs/exact.md, from the stored results."""
     rows = json.loads((results / "exact.json").read_text())["models"]
     shown = [_shown(row) for row in rows]

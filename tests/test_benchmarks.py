@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import sparc
 from benchmarks import __main__ as command
-from benchmarks import timing
+from benchmarks import exact, timing
 from benchmarks.page import README, place
 
 
@@ -73,3 +73,8 @@ def test_files_are_timed_in_turns(tmp_path: Path) -> None:
     rows = timing.compare(files["small"], {"large": files["large"]}, {"input": x}, threads=1)
     assert [(row["against"], row["pairs"]) for row in rows] == [("itself (control)", 200), ("large", 200)]
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
+
+
+def test_the_page_of_exact_passes_shows_the_results_in_the_repository() -> None:
+    text = exact.PAGE.read_text()
+    assert exact.place(text) == text, "run python -m benchmarks.exact page"
