@@ -128,3 +128,15 @@ def test_the_contract_kit_and_wrong_twins(step):
     model, x = nn.Sequential(*layers).eval(), torch.randn(2, 4, 8, 8)
     assert_pass(step, model, (x,), dynamic={"input": {0: "batch"}})
     assert "ScaledConstant" in assert_mutants_caught(step, model, (x,))
+
+
+@pytest.mark.parametrize("case", ["conv2d", "grouped", "no bias", "transposed 1d", "linear"])
+def test_weights_are_those_of_torchs_own_fusion(case):
+    layer, norm, shape = AFTER[case]
+    program, _ = run(nn.Sequential(layer, trained(norm)).eval(), torch.randn(shape), fold_batch_norm)
+    if case == "linear":
+        fused = nn.utils.fusion.fuse_linear_bn_eval(layer.eval(), norm.eval())
+    else:
+        fused = nn.utils.fusion.fuse_conv_bn_eval(layer.eval(), norm.eval(), transpose=case == "transposed 1d")
+    torch.testing.assert_close(program.weights["0.weight"], fused.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(program.weights["0.bias"], fused.bias, rtol=1e-5, atol=1e-6)
