@@ -30,13 +30,12 @@ W4_BUDGET = 0.17  # of the dense bytes, where 4 bits in groups of 32 take 0.164:
 
 def prepare() -> tuple[Pass, ...]:
     """What every recipe starts with: the same function in fewer, raised operators."""
-    return (Canonicalize(), fold_batch_norm, fold_batch_norm_before)
+    return (Canonicalize(), fold_batch_norm, fold_batch_norm_before, fold_shared, fold_affine)
 
 
 def exact() -> tuple[Pass, ...]:
     """The folds and merges behind `prepare`: fewer operators and bytes, or none of it."""
-    folds = (fold_shared, fold_affine, fold_table, fold_norm_affine)
-    return (*folds, MergeNeurons(), coalesce_parallel)
+    return (fold_table, fold_norm_affine, MergeNeurons(), coalesce_parallel)
 
 
 def _recipe(name: str, *steps: Pass | Step) -> Recipe:
