@@ -29,6 +29,7 @@ from examples.models import efficientnet, minilm, reparameterized, smollm2
 from sparc.measure import paired_ratio
 from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.recipes import recipes
+from sparc.passes.rotate import Rotate
 from sparc.program import Program
 
 app = typer.Typer(add_completion=False)
@@ -53,6 +54,7 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
     "EfficientNet-Lite0": efficientnet.efficientnet,
     "MiniLM": minilm.minilm,
     "SmolLM2-135M": smollm2.smollm2,
+    "SmolLM2-135M, rotated": smollm2.smollm2,
     "RepVGG blocks": _image(lambda: reparameterized.RepVGG(64, 64)),
     "MobileOne blocks": _image(lambda: reparameterized.MobileOne(64)),
     "ACNet blocks": _image(lambda: reparameterized.AsymmetricBlock(64)),
@@ -60,7 +62,8 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
     "OREPA blocks": _image(lambda: reparameterized.Orepa(64, 64)),
     "layers with LoRA": _image(lambda: reparameterized.Adapted(64)),
 }
-SIZES = {"MiniLM": {1: 128}, "SmolLM2-135M": {1: 128}}
+SIZES = {"MiniLM": {1: 128}, "SmolLM2-135M": {1: 128}, "SmolLM2-135M, rotated": {1: 128}}
+MORE = {"SmolLM2-135M, rotated": (Rotate(untie=True),)}
 
 
 @app.command()
@@ -77,7 +80,8 @@ def _row(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     arguments.pop("data", None)
     plain = sparc.compile(**arguments, recipe=[Canonicalize()], target="onnx", measure=False)
     started = time.perf_counter()
-    exact = sparc.compile(**arguments, recipe=recipes()["exact"], target="onnx", measure=False)
+    steps = [step.pass_ for step in recipes()["exact"].steps]
+    exact = sparc.compile(**arguments, recipe=[*steps, *MORE.get(name, ())], target="onnx", measure=False)
     seconds = time.perf_counter() - started
     inputs = {key: _resized(tensor, SIZES.get(name, {})) for key, tensor in arguments["example_inputs"].items()}
     passes = exact.ledger.passes
