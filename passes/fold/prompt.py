@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch import fx
 
@@ -47,7 +48,10 @@ class FoldPrompt(Pass):
     def run(self, program: Program, context: PassContext) -> None:
         """Fold each prompt of each entry."""
         for entry in program.entries.values():
-            for prompt, count, total in list(_prompts(entry)):
+            done: set[tuple[int, sympy.Expr]] = set()
+            while found := next((each for each in _prompts(entry) if _key(*each[1:]) not in done), None):
+                prompt, count, total = found
+                done.add(_key(count, total))
                 self._fold(program, context, Sequence(program, entry, count, total), prompt)
                 program.sweep()
 
@@ -72,8 +76,8 @@ class FoldPrompt(Pass):
 
 
 def _prompts(entry: Entry) -> Iterator[tuple[fx.Node, int, Any]]:
-    """Each `cat([P, ...])` of a constant that some weight holds; once for each number of places, before and in all."""
-    constants, seen = Unbatched(entry), set()
+    """Each `cat([P, ...])` of a constant that some weight holds, with its places: those of P and all."""
+    constants = Unbatched(entry)
     for node in list(entry.graph.nodes):
         if packet(node) is not torch.ops.aten.cat:
             continue
@@ -81,10 +85,11 @@ def _prompts(entry: Entry) -> Iterator[tuple[fx.Node, int, Any]]:
         axis = normalized_arguments(node)["dim"] % len(shape_of(node))
         leading = constants.leading(tensors, axis) or []
         if any(is_learned(each) for each in leading):
-            count, total = sum(shape_of(each)[axis] for each in leading), shape_of(node)[axis]
-            if (key := (count, size_expression(total))) not in seen:
-                seen.add(key)
-                yield node, count, total
+            yield node, sum(shape_of(each)[axis] for each in leading), shape_of(node)[axis]
+
+
+def _key(count: int, total: Any) -> tuple[int, sympy.Expr]:
+    return count, size_expression(total)
 
 
 def _weights(prompt: fx.Node) -> Iterator[fx.Node]:

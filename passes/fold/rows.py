@@ -123,16 +123,20 @@ def _cat(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
     return axis if not found and axis is not None and axis != dim and fixed else None
 
 
-def _reshape(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
+def _regrouped(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
     """What changes nothing up to the sequence, and only fixed sizes behind it."""
     axis = _only(node, axes)
     if axis is None:
         return None
     old, new = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
     fixed = all(isinstance(size, int) for size in (*old[axis + 1 :], *new[axis + 1 :]))
-    given = zip(list(node.args[1])[:axis], new, strict=False)  # type: ignore[arg-type]
-    fixed = fixed and all(isinstance(size, int) for each, size in given if each == -1)
     return axis if fixed and same_shape(old[: axis + 1], new[: axis + 1]) else None
+
+
+def _reshape(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
+    axis = _regrouped(node, axes)
+    given = zip(list(node.args[1])[:axis], shape_of(node), strict=False)  # type: ignore[arg-type]
+    return axis if all(isinstance(size, int) for each, size in given if each == -1) else None
 
 
 def _expand(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
@@ -153,6 +157,8 @@ _RULES: dict[Any, Callable[[fx.Node, Mapping[fx.Node, int]], int | None]] = {
     **dict.fromkeys([aten.split, aten.split_with_sizes, aten.chunk, aten.repeat_interleave], _other_axis),
     operator.getitem: _only,
     aten.cat: _cat,
+    aten.flatten: _regrouped,
+    aten.unflatten: _regrouped,
     aten.reshape: _reshape,
     aten.view: _reshape,
     aten.expand: _expand,

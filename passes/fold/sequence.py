@@ -21,7 +21,7 @@ from sparc.analysis.values import (
     tensor_type,
 )
 from sparc.passes.canonicalize.scores import LOW
-from sparc.passes.fold.rows import part_arguments, result_axis
+from sparc.passes.fold.rows import is_pointwise, part_arguments, result_axis
 from sparc.passes.fold.unbatched import Unbatched, is_learned
 from sparc.pattern import normalized_arguments
 from sparc.program import Entry, Program
@@ -208,6 +208,8 @@ class Sequence:
     # operators ------------------------------------------------------------------------------------------------------
     def _row(self, node: fx.Node) -> Split | None:
         """An operator that treats every place by itself."""
+        if is_pointwise(node):
+            self._divide_constants(node)
         used = {each: self.parts[each] for each in node.all_input_nodes if each in self.parts}
         axis = result_axis(node, {each: split.axis for each, split in used.items()})
         others = [each for each in node.all_input_nodes if each not in used and tensor_type(each) is not None]
@@ -222,6 +224,19 @@ class Sequence:
         args, kwargs = part_arguments(node, {each: split.rest for each, split in used.items()}, axis, front=False)
         rest = self._call(node, node.target, *args, **kwargs)
         return Split(axis, front, rest, any(split.learned for split in used.values()))
+
+    def _divide_constants(self, node: fx.Node) -> None:
+        """Divide the constants that meet a divided value along the whole sequence, as positions of fixed sizes do."""
+        back = {self.parts[each].axis - len(shape_of(each)) for each in node.all_input_nodes if each in self.parts}
+        for each in node.all_input_nodes:
+            kind = tensor_type(each)
+            if each in self.parts or kind is None or len(back) > 1 or kind.ndim < -max(back):
+                continue
+            axis, constant = kind.ndim + max(back), self.constants.of(each)
+            if constant is not None and same_size(kind.shape[axis], self.total):
+                front = self._call(node, aten.slice.Tensor, constant, axis, 0, self.count)
+                rest = self._call(node, aten.slice.Tensor, each, axis, self.count, _END)
+                self.parts[each] = Split(axis, front, rest, learned=False)
 
     def _fits(self, node: fx.Node, split: Split) -> bool:
         """Whether the parts have the types that the whole says; what has several results is known by them."""

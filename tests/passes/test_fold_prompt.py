@@ -76,7 +76,8 @@ def test_language_models(name: str) -> None:
     heads = 1 if "one key" in name else 4
     assert sum(shape == (1, heads, PLACES, 8) for shape in stored.values()) == 4
     assert len(stored) == (5 if "peft" in name else 4)  # PEFT returns the logits at the prompt
-    assert not [weight for weight in after.weights if weight.endswith(("prompt", "prompt_encoder.default.weight"))]
+    gone = [before.weights[weight] for weight in before.weights if weight not in after.weights]
+    assert (PLACES, 32) in [tuple(tensor.shape) for tensor in gone]
     ids = torch.randint(0, 96, (3, 7))
     for _ in range(4):
         old, new = (program.run(input_ids=ids, wide=True) for program in (before, after))
@@ -155,6 +156,42 @@ def test_half_precision_is_rounded_once() -> None:
     assert key.dtype == torch.bfloat16
     wide = model.double().project[0](model.prompt).chunk(3, -1)[1]
     assert torch.equal(key[0].transpose(0, 1).reshape(PLACES, -1), wide.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_positions_of_fixed_sizes(name: str) -> None:
+    torch.manual_seed(0)
+    before, after, row = fold(Plain(language_model(name), 32), {"input_ids": IDS}, static=True)
+    assert row.matches == 1
+    torch.testing.assert_close(after.run(input_ids=IDS), before.run(input_ids=IDS), rtol=1e-4, atol=1e-5)
+    sizes = [node.args[0].meta["val"].shape[1] for node in after.graph.nodes if node.target is linear]
+    assert set(sizes) == {5}
+
+
+class Deep(Decoder):
+    """Every layer has a prompt of its own (visual prompt tuning, deep): it takes the other's place, or stands first."""
+
+    def __init__(self, *, replaces: bool) -> None:
+        super().__init__(2)
+        self.replaces, self.other = replaces, nn.Parameter(torch.randn(PLACES, 8))
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.cat([self.other.expand(x.shape[0], -1, -1), x[:, PLACES:] if self.replaces else x], 1)
+
+
+def test_a_prompt_for_each_layer() -> None:
+    before, after, row = fold(Deep(replaces=True))
+    assert row.matches == 1
+    assert not rows_of_the_prompt(after)
+    other = torch.randint(0, 20, (3, 6))
+    torch.testing.assert_close(after.run(ids=other), before.run(ids=other))
+
+
+def test_a_prompt_before_the_prompt() -> None:
+    before, after, row = fold(Deep(replaces=False))
+    assert row.matches == 2
+    other = torch.randint(0, 20, (3, 6))
+    torch.testing.assert_close(after.run(ids=other), before.run(ids=other))
 
 
 class Between(Decoder):
