@@ -13,8 +13,8 @@ from sparc.analysis.values import shape_of, size_expression
 from sparc.contract import Bounded, Contract
 from sparc.execute import execute
 from sparc.pass_base import Pass, PassContext, Stage
-from sparc.passes.fold.sequence import Sequence
-from sparc.passes.fold.unbatched import Unbatched, is_learned
+from sparc.passes.fold.prompt_attention import PromptedSequence
+from sparc.passes.fold.unbatched import Unbatched, float_weights, is_learned
 from sparc.pattern import normalized_arguments
 from sparc.program import Entry, Program, is_weight, location
 from sparc.region import cone, region
@@ -52,10 +52,10 @@ class FoldPrompt(Pass):
             while found := next((each for each in _prompts(entry) if _key(*each[1:]) not in done), None):
                 prompt, count, total = found
                 done.add(_key(count, total))
-                self._fold(program, context, Sequence(program, entry, count, total), prompt)
+                self._fold(program, context, PromptedSequence(program, entry, count, total), prompt)
                 program.sweep()
 
-    def _fold(self, program: Program, context: PassContext, sequence: Sequence, prompt: fx.Node) -> None:
+    def _fold(self, program: Program, context: PassContext, sequence: PromptedSequence, prompt: fx.Node) -> None:
         sequence.divide()
         for node, why in sequence.refused.items():
             context.skip(node, why)
@@ -65,12 +65,13 @@ class FoldPrompt(Pass):
             return
         sequence.join()
         new = [node for node in sequence.stored if not is_weight(node)]
-        bytes = sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in new)
-        if bytes > self.limit * program.weights.nbytes:
-            why = f"its keys and values would take {bytes} bytes, more than {self.limit:g} of the program's"
+        size = sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in new)
+        if size > self.limit * program.weights.nbytes:
+            why = f"its keys and values would take {size} bytes, more than {self.limit:g} of the program's"
             context.skip(prompt, why)
         elif context.edit():
-            like = next(_weights(prompt))
+            joined: Any = prompt.args[0]
+            like = next(each for part in filter(is_learned, joined) for each in float_weights(part))
             sequence.connect()
             _store(program, context, sequence, new, like)
 
@@ -92,17 +93,9 @@ def _key(count: int, total: Any) -> tuple[int, sympy.Expr]:
     return count, size_expression(total)
 
 
-def _weights(prompt: fx.Node) -> Iterator[fx.Node]:
-    """The floating-point weights that a prompt is made of."""
-    first: Any = prompt.args[0]
-    for constant in filter(is_learned, first):
-        for each in (*cone([constant]), constant):
-            for used in (each, *each.all_input_nodes):
-                if is_weight(used) and used.meta["val"].is_floating_point():
-                    yield used
-
-
-def _store(program: Program, context: PassContext, sequence: Sequence, new: list[fx.Node], like: fx.Node) -> None:
+def _store(
+    program: Program, context: PassContext, sequence: PromptedSequence, new: list[fx.Node], like: fx.Node
+) -> None:
     """Store what the rest reads of the front."""
     constant = set(cone(new))
     known = {**program.weights, **context.wide}

@@ -123,6 +123,14 @@ def _cat(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
     return axis if not found and axis is not None and axis != dim and fixed else None
 
 
+def _stack(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
+    new = normalized_arguments(node)["dim"] % len(shape_of(node))
+    tensors: Any = node.args[0]
+    found = {axes.get(each) for each in tensors}
+    axis = found.pop()
+    return axis + (new <= axis) if not found and axis is not None else None
+
+
 def _regrouped(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
     """What changes nothing up to the sequence, and only fixed sizes behind it."""
     axis = _only(node, axes)
@@ -157,6 +165,7 @@ _RULES: dict[Any, Callable[[fx.Node, Mapping[fx.Node, int]], int | None]] = {
     **dict.fromkeys([aten.split, aten.split_with_sizes, aten.chunk, aten.repeat_interleave], _other_axis),
     operator.getitem: _only,
     aten.cat: _cat,
+    aten.stack: _stack,
     aten.flatten: _regrouped,
     aten.unflatten: _regrouped,
     aten.reshape: _reshape,
@@ -166,6 +175,11 @@ _RULES: dict[Any, Callable[[fx.Node, Mapping[fx.Node, int]], int | None]] = {
 
 
 # arguments of a part -------------------------------------------------------------------------------------------------
+def part_target(node: fx.Node) -> Any:
+    """The operator that stands for another on a part, which may lie otherwise in memory."""
+    return aten.reshape.default if packet(node) is aten.view else node.target
+
+
 def part_arguments(
     node: fx.Node, parts: Mapping[fx.Node, fx.Node], axis: int, *, front: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Constants without the batch that they are repeated along."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,18 @@ from sparc.region import cone
 aten = torch.ops.aten
 
 
+def float_weights(node: fx.Node) -> Iterator[fx.Node]:
+    """The floating-point weights that a value is made of."""
+    for each in (node, *cone([node])):
+        for used in (each, *each.all_input_nodes):
+            if is_weight(used) and used.meta["val"].is_floating_point():
+                yield used
+
+
 def is_learned(node: fx.Node) -> bool:
     """Whether a value is made of floating-point numbers that some weight holds."""
     kind = tensor_type(node)
-    made = any(is_weight(used) for each in (*cone([node]), node) for used in (each, *each.all_input_nodes))
-    return kind is not None and kind.is_floating_point() and made
+    return kind is not None and kind.is_floating_point() and any(True for _ in float_weights(node))
 
 
 @dataclass

@@ -14,8 +14,10 @@ from sparc.ledger import PassRow
 from sparc.pass_base import Samples
 from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.fold import FoldPrompt
-from sparc.passes.fold.sequence import BIDIRECTIONAL, Sequence, Split
+from sparc.passes.fold.prompt_attention import BIDIRECTIONAL, PromptedSequence
+from sparc.passes.fold.sequence import Sequence, Split
 from sparc.program import Program
+from sparc.testing import assert_pass
 from tests.passes.prompted import PLACES, Decoder, Masked, Plain, Tuned, language_model
 
 linear = torch.ops.aten.linear.default
@@ -101,6 +103,19 @@ def test_a_padding_mask_of_peft() -> None:
     torch.testing.assert_close(new, old, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["mistral", "glm"])
+def test_windows_and_rotated_pairs(name: str) -> None:
+    """A window beside the causal mask; rotary positions by pairs."""
+    torch.manual_seed(0)
+    before, after, row = fold(Plain(language_model(name), 32).double(), {"input_ids": IDS})
+    assert row.matches == 1
+    assert not row.skips
+    assert not rows_of_the_prompt(after)
+    ids = torch.randint(0, 20, (3, 17))
+    old, new = (program.run(input_ids=ids, wide=True) for program in (before, after))
+    torch.testing.assert_close(new, old, rtol=1e-9, atol=1e-9)
+
+
 class Ends(Decoder):
     """Two layers, and what is made of the last hidden states."""
 
@@ -145,6 +160,10 @@ def test_fixed_sizes_and_a_second_run() -> None:
     again = driver.run(FoldPrompt(limit=1.0))
     assert again.matches == 0
     assert not again.skips
+
+
+def test_the_kit() -> None:
+    assert_pass(FoldPrompt(limit=1.0), Decoder(2), {"ids": IDS}, dynamic={"ids": {0: "batch", 1: "length"}})
 
 
 def test_half_precision_is_rounded_once() -> None:
@@ -302,21 +321,21 @@ def _unshifted(self: Sequence, node: Any) -> Split | None:
     found = ARANGE(self, node)
     if found is None:
         return None
-    rest = self._call(node, torch.ops.aten.sub.Tensor, found.rest, self.count)
+    rest = self.call(node, torch.ops.aten.sub.Tensor, found.rest, self.count)
     return Split(0, found.front, rest, False)
 
 
 def _too_late(self: Sequence, node: Any, arguments: Any, q: Split) -> Any:
     mask = MASKED(self, node, arguments, q)
-    return self._call(node, torch.ops.aten.tril.default, mask, self.count - 1)
+    return self.call(node, torch.ops.aten.tril.default, mask, self.count - 1)
 
 
-WHOLE, ARANGE, MASKED = Sequence.whole, Sequence._arange, Sequence._rest_mask
+WHOLE, ARANGE, MASKED = Sequence.whole, Sequence._arange, PromptedSequence._rest_mask
 
 
 @pytest.mark.parametrize(("method", "twin"), [("whole", _swapped), ("_arange", _unshifted), ("_rest_mask", _too_late)])
 def test_wrong_twins_do_not_get_through(method: str, twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sequence, method, twin)
+    monkeypatch.setattr(PromptedSequence, method, twin)
     torch.manual_seed(0)
     with pytest.raises(SparcError, match="SPARC301"):
         fold(Plain(language_model("gpt2"), 32), {"input_ids": IDS})

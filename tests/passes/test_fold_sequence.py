@@ -45,6 +45,8 @@ DIVIDED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "unflattened": lambda m, x: x.unflatten(-1, (2, 4)).tanh(),
     "halves": lambda m, x: torch.cat([-x[..., 4:], x[..., :4]], -1),
     "pieces": lambda m, x: x.chunk(2, -1)[0] * x.split([4, 4], -1)[1],
+    "every second feature": lambda m, x: torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2),
+    "counted positions": lambda m, x: x + m.table(torch.ones(x.shape[:2], dtype=torch.long).cumsum(1) + 1),
     "one feature": lambda m, x: x[..., 2].exp(),
     "new axes": lambda m, x: x[:, None].expand(-1, 3, -1, -1) + 1.0,
     "repeated heads": lambda m, x: x[:, None].repeat_interleave(2, 1) * 2.0,
