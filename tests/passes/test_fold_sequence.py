@@ -68,10 +68,10 @@ WHOLE: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-def _divided(function: Callable[[Any, Tensor], Tensor]) -> tuple[Any, Any, Sequence, Any]:
+def _divided(function: Callable[[Any, Tensor], Tensor], *, fixed: bool = False) -> tuple[Any, Any, Sequence, Any]:
     torch.manual_seed(0)
     x = torch.randn(2, 5, WIDTH)
-    program = capture(Prompted(function).eval(), (x,), dynamic={"x": {0: "batch", 1: "length"}})
+    program = capture(Prompted(function).eval(), (x,), dynamic=None if fixed else {"x": {0: "batch", 1: "length"}})
     Canonicalize().run(program, PassContext())
     other = program.clone()
     cat = next(node for node in other.graph.nodes if node.target is torch.ops.aten.cat.default)
@@ -98,3 +98,9 @@ def test_what_mixes_places_is_not_divided(name: str) -> None:
     _, _, sequence, result = _divided(WHOLE[name])
     assert result not in sequence.parts
     assert sequence.stopped is not None
+
+
+@pytest.mark.parametrize("name", ["sum of places", "sums along the sequence", "softmax of places"])
+def test_what_mixes_places_of_fixed_sizes_is_not_divided(name: str) -> None:
+    _, _, sequence, result = _divided(WHOLE[name], fixed=True)
+    assert result not in sequence.parts
