@@ -22,6 +22,7 @@ def extension() -> Extension:
     from sparc.passes.equalize.equalize import Equalize
     from sparc.passes.equalize.smooth import Smooth
     from sparc.passes.fold import (
+        FoldPrompt,
         fold_affine,
         fold_batch_norm,
         fold_batch_norm_before,
@@ -36,7 +37,15 @@ def extension() -> Extension:
     from sparc.passes.share_steps import ShareSteps
 
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
-    folds = (fold_batch_norm, fold_batch_norm_before, fold_shared, fold_affine, fold_table, fold_norm_affine)
+    folds = (
+        FoldPrompt,
+        fold_batch_norm,
+        fold_batch_norm_before,
+        fold_shared,
+        fold_affine,
+        fold_table,
+        fold_norm_affine,
+    )
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, coalesce_parallel)
     cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, Rotate, Equalize, Smooth, Prune)
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)

@@ -15,7 +15,15 @@ from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.canonicalize.padding import raise_padding
 from sparc.passes.clean import RemoveNoOps
 from sparc.passes.coalesce import coalesce_parallel
-from sparc.passes.fold import fold_affine, fold_batch_norm, fold_batch_norm_before, fold_shared, fold_table
+from sparc.passes.fold import (
+    FoldPrompt,
+    fold_affine,
+    fold_batch_norm,
+    fold_batch_norm_before,
+    fold_shared,
+    fold_table,
+)
+from tests.passes.prompted import Decoder
 
 IMAGE = torch.zeros(1, 4, 6, 6)
 
@@ -76,6 +84,7 @@ CASES: dict[str, tuple[Pass, tuple[Pass, ...], nn.Module, Tensor]] = {
         Called(_row, table=nn.Embedding(20, 8), norm=nn.LayerNorm(8)),
         torch.zeros(2, 5, dtype=torch.long),
     ),
+    "fold_prompt": (FoldPrompt(limit=1.0), (), Decoder(), torch.zeros(2, 5, dtype=torch.long)),
     "coalesce_parallel": (
         coalesce_parallel,
         (),
@@ -84,14 +93,16 @@ CASES: dict[str, tuple[Pass, tuple[Pass, ...], nn.Module, Tensor]] = {
     ),
 }
 
+DYNAMIC = {"fold_prompt": {"ids": {0: "batch", 1: "length"}}}
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_pass_by_example(case: str, golden: Callable[[str, str], None]) -> None:
     step, first, model, x = CASES[case]
-    driver = Driver(capture(model.eval(), (x,)), Samples({"forward": [[x]]}))
+    driver = Driver(capture(model.eval(), (x,), dynamic=DYNAMIC.get(case)), Samples({"forward": [[x]]}))
     for each in first or (Canonicalize(),):
         driver.run(each)
     before = driver.program.text()
     assert driver.run(step).matches == 1
-    equation = " ".join((type(step).__doc__ or "").split())
+    equation = " ".join((type(step).__doc__ or "").split("\n\n")[0].split())
     golden(f"exact/{case}.txt", f"{equation}\n\n{before}\nbecomes\n\n{driver.program.text()}")
