@@ -35,6 +35,10 @@ def _reason(node: fx.Node) -> str:
         return "its weight is encoded already" if is_decode(weight) else "its weight is computed"
     if bias is not None and not is_weight(bias):
         return "its bias is computed"
+    if any(user.target is aten.view.default for user in node.users):
+        return "its result is viewed, which needs it in one piece"
+    if weight.meta["val"].ndim < 2:
+        return "its weight is a vector"
     if len(weight.users) > 1 or (bias is not None and len(bias.users) > 1):
         return "its weight is used elsewhere as well"
     return "its channels are mapped in groups" if given.get("groups", 1) != 1 else ""
@@ -67,7 +71,7 @@ def coalesce_parallel(m: Match) -> "tuple[fx.Node, ...] | Skip":
     """
     products: tuple[fx.Node, ...] = m.products
     kinds = [tensor_type(each) for each in products]
-    axis = -1 if m.roots[0].target is aten.linear.default else 1
+    axis = 1 - m.w.meta["val"].ndim  # the same with and without a batch
     weights, biases = _stacked(m, "weight", "w"), _stacked(m, "bias", "b")
     given = {**normalized_arguments(products[0]), "input": m.x, "weight": weights, "bias": biases}
     whole = m.call(products[0].target, *given.values())

@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 from sparc.analysis.elements import element, index_symbols
 from sparc.analysis.logic import Unknown
-from sparc.analysis.values import is_deterministic, same_type, tensor_type
+from sparc.analysis.values import is_deterministic, same_shape, same_type, tensor_type
 from sparc.contract import Bounded
 from sparc.encoding.operators import is_decode
 from sparc.execute import execute
@@ -102,7 +102,7 @@ def _row_by_row(node: fx.Node) -> bool:
     if kind is None or not kind.is_floating_point():
         return False
     if node.target is aten.linear.default:
-        return True
+        return node.args[1].meta["val"].ndim == 2  # type: ignore[union-attr]
     if node.target in _NORMS:
         return len(node.args[1]) == 1  # type: ignore[arg-type]
     return torch.Tag.pointwise in node.target.tags
@@ -135,6 +135,8 @@ def _find(program: Program, node: fx.Node) -> Found | Skip | None:
     whole = [each for each in rows.constant if not same_type(each.meta["val"], node.meta["val"])]
     if whole or any(user not in inner for each in rows.nodes if each is not node for user in each.users):
         return None
+    if not _one_row_each(node, rows):
+        return None
     why = _larger(program, node, rows, inner)
     if why:
         return Skip(why)
@@ -149,7 +151,13 @@ def _goes_on(program: Program, user: fx.Node) -> bool:
         return False
     inner = set(rows.nodes)
     alone = all(each is user or all(other in inner for other in each.users) for each in rows.nodes)
-    return alone and not _larger(program, user, rows, inner)
+    return alone and _one_row_each(user, rows) and not _larger(program, user, rows, inner)
+
+
+def _one_row_each(node: fx.Node, rows: _Rows) -> bool:
+    """Whether a value is what one table gives for the indices: one row for each, of the table's dtype."""
+    kind, index = node.meta["val"], rows.index.meta["val"]  # type: ignore[union-attr]
+    return same_shape(kind.shape[:-1], index.shape) and kind.dtype == rows.tables[0].meta["val"].dtype
 
 
 def _larger(program: Program, node: fx.Node, rows: _Rows, inner: set[fx.Node]) -> str:

@@ -153,12 +153,12 @@ class _Reader:
             raise Impossible(f"{what} is computed")
         return self.constants.weight(str(value.target))
 
-    def product(self) -> list[Term]:
+    def product(self) -> list[Term] | None:
         kernel = self.weight(self.given["weight"], "a weight")
         bias = self.weight(self.given.get("bias"), "a bias")
         assert kernel is not None
         if not self.layout.rank:
-            return [Term(self.given["input"], AffineMap(kernel, bias))]
+            return [Term(self.given["input"], AffineMap(kernel, bias))] if kernel.ndim == 2 else None
         stride, dilation = self.sizes("stride"), self.sizes("dilation")
         padding = self.padding(kernel, stride, dilation)
         return [Term(self.given["input"], AffineMap(kernel, bias, stride, padding, dilation, self.given["groups"]))]
@@ -224,6 +224,8 @@ class _Reader:
         return [Term(self.given["self"], moved)]
 
     def sum(self, sign: float) -> list[Term] | None:
+        if isinstance(self.given.get("alpha", 1), fx.Node):
+            return None
         sign *= float(self.given.get("alpha", 1))
         left, right = self.given["self"], self.given["other"]
         constant = self.constant(right)
