@@ -13,7 +13,7 @@ from torch import fx
 from sparc.contract import Bounded
 from sparc.pass_base import Stage
 from sparc.passes.fold.affine import AffineMap, Impossible, diagonal, plus, regrouped, then
-from sparc.passes.fold.terms import Constants, Layout, channels, is_product, layout_of, may_be_affine, terms
+from sparc.passes.fold.terms import MOST, Constants, Layout, channels, is_product, layout_of, may_be_affine, terms
 from sparc.pattern import Found
 from sparc.program import Program, is_weight
 from sparc.rewrite import Match, Skip, rewrite
@@ -21,7 +21,6 @@ from sparc.rewrite import Match, Skip, rewrite
 aten = torch.ops.aten
 
 _CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
-_MOST = 64  # nodes of a region
 
 
 @dataclass
@@ -57,7 +56,7 @@ class _Plan:
     inner: tuple[fx.Node, ...]
 
 
-def _extensions(constants: Constants, root: fx.Node, layout: Layout, most: int = _MOST) -> Iterator[_Region]:
+def _extensions(constants: Constants, root: fx.Node, layout: Layout, most: int = MOST) -> Iterator[_Region]:
     """The region of a root, growing by one node towards the inputs at a time."""
     count = channels(root, layout)
     if count is None:
@@ -75,7 +74,7 @@ def _extensions(constants: Constants, root: fx.Node, layout: Layout, most: int =
             if found is not None:
                 before = region.maps.pop(last)
                 for term in found:
-                    own = then(term.map, before)
+                    own = term.map if last is root else then(term.map, before)
                     known = region.maps.get(term.input)
                     region.maps[term.input] = own if known is None else plus(known, own)
                     before = AffineMap(before.kernel, None, *_geometry(before))  # the bias counts once
@@ -149,7 +148,7 @@ def _find(program: Program, node: fx.Node) -> Found | Skip | None:
 
 def _onward(node: fx.Node, layout: Layout) -> Iterator[fx.Node]:
     """The affine nodes that a node leads to without a fork."""
-    for _ in range(_MOST):
+    for _ in range(MOST):
         users = list(node.users)
         if len(users) != 1 or not may_be_affine(users[0]) or channels(users[0], layout) is None:
             return

@@ -22,6 +22,7 @@ from sparc.rewrite import Match, Skip, rewrite
 
 aten = torch.ops.aten
 
+_MOST = 64  # nodes between the indices and the value
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
@@ -36,6 +37,7 @@ class _Rows:
         constant: embeddings whose index is the same everywhere, with that index.
         repeated: weights that hold one row many times, with that row.
         why: why the value is none after all; empty when it is one.
+        seen: everything that was looked at.
     """
 
     index: fx.Node | None = None
@@ -44,12 +46,16 @@ class _Rows:
     constant: dict[fx.Node, int] = field(default_factory=dict)
     repeated: dict[str, Tensor] = field(default_factory=dict)
     why: str = ""
+    seen: set[fx.Node] = field(default_factory=set)
 
 
 def _read(program: Program, node: fx.Node, rows: _Rows) -> bool:
     """Follow a value to its embeddings; False when a row depends on more than its index."""
     if node in rows.nodes or node in rows.constant:
         return True
+    rows.seen.add(node)
+    if len(rows.seen) > _MOST:
+        return False
     if node.target is aten.embedding.default:
         return _embedding(program, node, rows)
     if not _row_by_row(node):

@@ -247,5 +247,4 @@ def product_readers(program: Program, value: fx.Node, axis: int = -1) -> Readers
                 stack.append((user, carried))
             else:
                 return f"it is also read by {operator_name(user)}"
-    order = {node: index for index, node in enumerate(value.graph.nodes)}
-    return Readers(tuple(sorted(products, key=order.__getitem__)), tuple(sorted(carriers, key=order.__getitem__)))
+    return Readers(tuple(sorted(products)), tuple(sorted(carriers)))  # by their places in the graph
