@@ -1,5 +1,6 @@
 """Products that read one value (query, key and value; gate and up; branches of one shape) become one product."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from sparc.analysis.values import same_shape, tensor_type
 from sparc.contract import Bounded
 from sparc.encoding.operators import is_decode
 from sparc.pass_base import Stage
+from sparc.passes.fold.norm import kept_elsewhere
 from sparc.pattern import Found, normalized_arguments
 from sparc.program import Program, is_weight
 from sparc.rewrite import Match, Skip, rewrite
@@ -45,6 +47,18 @@ def _reason(node: fx.Node) -> str:
 
 
 def _find(program: Program, node: fx.Node) -> Found | Skip | None:
+    """The products of one value that can be stacked, unless their weights stay for another entry."""
+    found = _find_here(program, node)
+    if not isinstance(found, Found):
+        return found
+
+    def again(user: fx.Node) -> Iterator[object]:
+        return (_find_here(program, each) for each in user.all_input_nodes[0].users)
+
+    return kept_elsewhere(program, found, again) or found
+
+
+def _find_here(program: Program, node: fx.Node) -> Found | Skip | None:
     """The products of one value that can be stacked, where `node` is the first of them."""
     if node.target not in _PRODUCTS or not isinstance(node.args[0], fx.Node):
         return None

@@ -13,6 +13,7 @@ from torch import fx
 from sparc.contract import Bounded
 from sparc.pass_base import Stage
 from sparc.passes.fold.affine import AffineMap, Impossible, diagonal, plus, regrouped, then
+from sparc.passes.fold.norm import kept_elsewhere
 from sparc.passes.fold.terms import MOST, Constants, Layout, channels, is_product, layout_of, may_be_affine, terms
 from sparc.pattern import Found
 from sparc.program import Program, is_weight
@@ -126,6 +127,19 @@ def _larger(program: Program, region: _Region, map: AffineMap) -> str:
 
 
 def _find(program: Program, node: fx.Node) -> Found | Skip | None:
+    """The largest region that ends in a node, unless its weights stay for another entry."""
+    found = _find_here(program, node)
+    if not isinstance(found, Found):
+        return found
+    layout = found.values["plan"].layout
+
+    def again(user: fx.Node) -> Iterator[object]:
+        return (_find_here(program, each) for each in (user, *_onward(user, layout)))
+
+    return kept_elsewhere(program, found, again) or found
+
+
+def _find_here(program: Program, node: fx.Node) -> Found | Skip | None:
     """The largest region that ends in a node, unless one that ends further on holds it."""
     if not may_be_affine(node):
         return None

@@ -1,5 +1,6 @@
 """What is done to every row of an embedding by itself is done to its table once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparc.contract import Bounded
 from sparc.encoding.operators import is_decode
 from sparc.execute import execute
 from sparc.pass_base import Stage
+from sparc.passes.fold.norm import kept_elsewhere
 from sparc.pattern import Found
 from sparc.program import Program, is_weight
 from sparc.region import region
@@ -129,6 +131,22 @@ def _is_same_for_rows(program: Program, node: fx.Node, weight: fx.Node, rows: _R
 
 
 def _find(program: Program, node: fx.Node) -> Found | Skip | None:
+    """The last value of a run of operators on rows, unless its tables stay for another entry."""
+    found = _find_here(program, node)
+    if not isinstance(found, Found):
+        return found
+
+    def again(user: fx.Node) -> Iterator[object]:
+        for _ in range(_MOST):
+            yield _find_here(program, user)
+            if len(user.users) != 1:
+                return
+            user = next(iter(user.users))
+
+    return kept_elsewhere(program, found, again) or found
+
+
+def _find_here(program: Program, node: fx.Node) -> Found | Skip | None:
     """The last value of a run of operators on rows."""
     if not _row_by_row(node):
         return None

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sparc.analysis.features import product_axes
 from sparc.analysis.values import scalar_value
-from sparc.capture import capture
+from sparc.capture import capture, capture_entries
 from sparc.driver import Driver
 from sparc.ledger import PassRow
 from sparc.pass_base import Pass, Samples
@@ -271,3 +271,49 @@ def _border(m, x, weight: Tensor | None) -> Tensor:
 def test_padding_behind_a_computed_batch_norm_stays() -> None:
     parts = {"mean": torch.randn(4), "variance": torch.rand(4), "conv": nn.Conv2d(4, 4, 3)}
     run(Model(lambda m, x: _border(m, x, x.mean((0, 2, 3))), **parts), torch.randn(2, 4, 8, 8), Canonicalize())
+
+
+class Two(nn.Module):
+    """Two functions of one model, chosen by the number of the input's axes."""
+
+    def __init__(self, first: Function, second: Function) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.a, self.b, self.table = nn.Linear(16, 16), nn.Linear(16, 16), nn.Embedding(10, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first if x.ndim == 3 else self.second)(self, x)
+
+
+def _chain(m, x):
+    return m.b(m.a(x))
+
+
+def _parallel(m, x):
+    return torch.relu(m.a(x)) * m.b(x)
+
+
+def _rows(m, x):
+    return m.table(x[..., 0].abs().long()) * 2
+
+
+ENTRIES = {
+    "affine": (fold_affine, _chain, lambda m, x: m.b(torch.relu(m.a(x)))),
+    "parallel": (coalesce_parallel, _parallel, lambda m, x: m.a(x)),
+    "table": (fold_table, _rows, lambda m, x: m.table(x[..., 0].abs().long())),
+}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize("alike", [True, False])
+def test_weights_that_another_entry_reads_are_stored_once(kind: str, alike: bool) -> None:
+    torch.manual_seed(0)
+    step, first, second = ENTRIES[kind]
+    model = Two(first, first if alike else second).eval()
+    inputs = {"wide": [torch.randn(2, 5, 16)], "narrow": [torch.randn(3, 16)]}
+    program = capture_entries(model, {name: {"example_inputs": each} for name, each in inputs.items()})
+    driver = Driver(program, Samples({name: [each] for name, each in inputs.items()}), verify="full")
+    row = driver.run(step)
+    assert row.matches == (2 if alike else 0)
+    assert row.bytes_after <= row.bytes_before
+    assert alike or any("another entry reads" in skip.why for skip in row.skips)
