@@ -78,7 +78,11 @@ class Driver:
         check_types(step, before, after)  # always: moving a node changes no fingerprint, but may come before its inputs
         if row.changed:
             if self.verify != "types":
-                row.measured = self._check(step, before, after, context)
+                try:
+                    row.measured = self._check(step, before, after, context)
+                except RuntimeError as error:  # types that agree are no proof that an operator takes its inputs
+                    what = f"what pass {step.name!r} made cannot be run"
+                    raise VerifyError(codes.CONTRACT_BROKEN, what, why=str(error)[:300]) from error
             self._note_dropped_grids(before, after, step)
         row.bytes_after = after.weights.nbytes
         self.program = after

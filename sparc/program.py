@@ -243,8 +243,7 @@ class Program:
         """The entry's `get_attr` node of a weight, made if there is none yet."""
         for node in weight_nodes(entry.graph, name):
             return node
-        nodes = list(entry.graph.nodes)
-        anchor = next((node for node in nodes if node.op not in ("placeholder", "get_attr")), nodes[-1])
+        anchor = next(node for node in entry.graph.nodes if node.op not in ("placeholder", "get_attr"))
         with entry.graph.inserting_before(anchor):
             node = entry.graph.create_node("get_attr", name, name=name.replace(".", "_"))
         node.meta["val"] = entry.fake(self.weights[name])
@@ -361,4 +360,4 @@ def is_weight(node: Any) -> bool:
 
 def weight_nodes(graph: fx.Graph, name: str) -> list[fx.Node]:
     """The `get_attr` nodes of `graph` that name a weight."""
-    return [node for node in graph.nodes if node.op == "get_attr" and node.target == name]
+    return graph.find_nodes(op="get_attr", target=name)

@@ -23,7 +23,7 @@ from sparc.encoding.operators import is_decode
 from sparc.match import Match, Skip
 from sparc.pass_base import Pass, PassContext, Rewrite, Stage
 from sparc.pattern import Found, Pattern, match, trace
-from sparc.program import Program, location
+from sparc.program import Program, location, weight_nodes
 from sparc.region import region, region_inputs
 
 __all__ = ["Find", "Function", "Match", "RewritePass", "Skip", "apply", "rewrite"]
@@ -146,7 +146,7 @@ def _apply_once(
         if found is None:
             continue
         reason = found.why if isinstance(found, Skip) else _outside_use(found) if single_use else None
-        place = None if isinstance(found, Skip) else _insertion_point(chosen.graph, found)
+        place = None if isinstance(found, Skip) else _insertion_point(found)
         if reason is None and place is None:
             reason = "a result is read before all inputs are computed"
         if isinstance(found, Skip) or place is None or reason is not None:
@@ -174,18 +174,19 @@ def _settle(current: Match, result: Any) -> tuple[fx.Node, ...] | Skip | None:
     return results if why is None else Skip(why)
 
 
-def _insertion_point(graph: fx.Graph, found: Found) -> fx.Node | None:
-    """The node to insert before; None when an outside use of a result comes before an input is known."""
+def _insertion_point(found: Found) -> fx.Node | None:
+    """The node to insert before; None when an outside use of a result comes before an input is known.
+
+    Nodes compare by their places in the graph.
+    """
     if len(found.roots) == 1:
         return found.roots[0]
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    first = min(found.roots, key=order.__getitem__)
-    inputs = [node for node in region_inputs(found.roots, set(found.nodes)) if order[node] > order[first]]
-    after = max((order[node] for node in inputs), default=order[first])
-    outside = [user for root in found.roots for user in root.users if user not in found.nodes]
-    if any(order[user] <= after for user in outside):
+    first = min(found.roots)
+    after = max((first, *region_inputs(found.roots, set(found.nodes))))
+    outside = (user for root in found.roots for user in root.users if user not in found.nodes)
+    if any(user <= after for user in outside):
         return None
-    return first if not inputs else max(inputs, key=order.__getitem__).next
+    return first if after is first else after.next
 
 
 def _type_reason(roots: Sequence[fx.Node], results: Sequence[fx.Node]) -> str | None:
@@ -266,7 +267,7 @@ def _erase_dead(node: fx.Node) -> None:
 
 def _take_over_name(program: Program, new: str, old: str) -> None:
     """A replacement keeps the user's name of what it replaced, once nothing else reads that."""
-    nodes = [node for _, node in program.nodes() if node.op == "get_attr" and node.target == old]
+    nodes = [node for entry in program.entries.values() for node in weight_nodes(entry.graph, old)]
     if any(node.users for node in nodes) or old not in program.weights:
         return
     for node in nodes:

@@ -12,6 +12,7 @@ from sparc.contract import Bounded, Exact
 from sparc.diag import PassError, VerifyError
 from sparc.driver import Driver
 from sparc.pass_base import Pass, Samples, Stage
+from sparc.rewrite import rewrite
 
 
 class Chain(nn.Module):
@@ -107,3 +108,31 @@ def test_a_pass_that_fails_harms_nothing(how, error, code):
         drive.run(Broken(how))
     assert caught.value.code == code
     assert drive.program.text() == text
+
+
+class Viewed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x).view(-1)
+
+
+@rewrite(lambda op, x, w, b: op.linear(x, w, b), contract=Bounded(1e-4))
+def halve(m):
+    """linear(x, W, b) => one half of linear(x, [W; W], [b; b]), which is not in one piece."""
+    w, b = m.weight("w"), m.weight("b")
+    if len(w) != 4:
+        return None
+    whole = m.op.linear(m.x, m.constant(torch.cat([w, w]), like="w"), m.constant(torch.cat([b, b]), like="b"))
+    return m.op.getitem(m.op.split_with_sizes(whole, [4, 4], -1), 0)
+
+
+def test_a_program_that_cannot_be_run_names_the_pass():
+    x = torch.randn(3, 4)
+    drive = Driver(capture(Viewed(), (x,)), Samples({"forward": [[x]]}))
+    with pytest.raises(VerifyError, match="what pass 'halve' made cannot be run") as caught:
+        drive.run(halve)
+    assert caught.value.code == "SPARC301"
+    assert drive.program.weights["layer.weight"].shape == (4, 4)

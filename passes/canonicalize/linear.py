@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from sparc.analysis.values import same_shape, shape_of
+from sparc.analysis.values import same_shape, same_type, shape_of
 from sparc.contract import Bounded
 from sparc.pass_base import Stage
 from sparc.pattern import Operators
@@ -90,10 +90,13 @@ def _bias_sum(op: Operators, x: object, w: object, b: object, c: object) -> obje
 def absorb_bias(m: Match) -> Result:
     """linear(x, W) + c => linear(x, W, c); linear(x, W, b) + c => linear(x, W, b + c)."""
     added = m.program.weight(m.c)
-    features = m.roots[0].meta["val"].shape[-1]
+    result = m.roots[0].meta["val"]
+    product = next(each for each in m.nodes if each is not m.roots[0])
     assert added is not None
-    if tuple(added.shape[:-1]) != (1,) * (added.ndim - 1) or not added.ndim or added.shape[-1] != features:
+    if not added.ndim or added.numel() != added.shape[-1] or added.shape[-1] != m.w.meta["val"].shape[0]:
         return m.skip("the addend is no bias vector")
+    if m.w.meta["val"].ndim != 2 or not same_type(product.meta["val"], result):
+        return m.skip("the sum has another type than the product")
     if m.b is None:
         return m.op.linear(m.x, m.w, m.c if added.ndim == 1 else m.constant(added.reshape(-1), like="c"))
     bias = m.weight("b")

@@ -66,12 +66,12 @@ def _zero_padding(node: Any) -> list[int] | None:
 
 
 def _is_pointwise(program: Program, node: Any) -> bool:
-    """A convolution of single positions, or a batch norm with known statistics, of one image."""
-    if not isinstance(node, fx.Node) or len(node.users) == 0:
+    """A convolution of single positions, or a batch norm with known statistics, of one image, with stored weights."""
+    if not isinstance(node, fx.Node) or not all(is_weight(each) for each in node.all_input_nodes[1:]):
         return False
     if node.target is aten.batch_norm.default:
         given = normalized_arguments(node)
-        return not given["training"] and all(is_weight(given[name]) for name in ("running_mean", "running_var"))
+        return not given["training"] and given["running_mean"] is not None and given["running_var"] is not None
     if node.target not in _CONV:
         return False
     given, kind = normalized_arguments(node), tensor_type(node.args[1])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from sparc.analysis.values import same_size, shape_of
 from sparc.contract import Bounded
 from sparc.pass_base import Stage
 from sparc.program import is_weight
@@ -35,6 +36,9 @@ def raise_einsum(m: Match) -> Result:
         return None
     given, weight, result = m.equation.replace(" ", "").replace("->", ",").split(",")
     batch, token, reduced, feature = axes
+    sizes = [dict(zip(names, shape_of(node), strict=True)) for names, node in ((given, m.x), (weight, m.w))]
+    if not all(same_size(sizes[0][each], sizes[1][each]) for each in (batch, reduced) if each in given):
+        return m.skip("a size of one is broadcast")
     x = _permuted(m, m.x, given, [each for each in (batch, token, reduced) if each in given])
     product = m.op.matmul(x, _permuted(m, m.w, weight, [batch, reduced, feature]))
     return _permuted(m, product, batch + token + feature, result)

@@ -214,7 +214,10 @@ def _remove(program: Program, context: PassContext, removal: Removal, cut_nodes:
 def _sliced(value: Tensor, name: str, group: Group, keep: Tensor) -> Tensor:
     for member in group.members:
         if member.weight == name:
-            value = value.index_select(member.axis, member.index[keep].flatten().sort().values)
+            stays = torch.ones(value.shape[member.axis], dtype=torch.bool)  # other groups may share the axis
+            stays[member.index.flatten()] = False
+            stays[member.index[keep].flatten()] = True
+            value = value.index_select(member.axis, torch.nonzero(stays).flatten())
     return value
 
 

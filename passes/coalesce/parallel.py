@@ -1,5 +1,6 @@
 """Products that read one value (query, key and value; gate and up; branches of one shape) become one product."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from sparc.analysis.values import same_shape, tensor_type
 from sparc.contract import Bounded
 from sparc.encoding.operators import is_decode
 from sparc.pass_base import Stage
+from sparc.passes.fold.norm import kept_elsewhere
 from sparc.pattern import Found, normalized_arguments
 from sparc.program import Program, is_weight
 from sparc.rewrite import Match, Skip, rewrite
@@ -35,12 +37,28 @@ def _reason(node: fx.Node) -> str:
         return "its weight is encoded already" if is_decode(weight) else "its weight is computed"
     if bias is not None and not is_weight(bias):
         return "its bias is computed"
+    if any(user.target is aten.view.default for user in node.users):
+        return "its result is viewed, which needs it in one piece"
+    if weight.meta["val"].ndim < 2:
+        return "its weight is a vector"
     if len(weight.users) > 1 or (bias is not None and len(bias.users) > 1):
         return "its weight is used elsewhere as well"
     return "its channels are mapped in groups" if given.get("groups", 1) != 1 else ""
 
 
 def _find(program: Program, node: fx.Node) -> Found | Skip | None:
+    """The products of one value that can be stacked, unless their weights stay for another entry."""
+    found = _find_here(program, node)
+    if not isinstance(found, Found):
+        return found
+
+    def again(user: fx.Node) -> Iterator[object]:
+        return (_find_here(program, each) for each in user.all_input_nodes[0].users)
+
+    return kept_elsewhere(program, found, again) or found
+
+
+def _find_here(program: Program, node: fx.Node) -> Found | Skip | None:
     """The products of one value that can be stacked, where `node` is the first of them."""
     if node.target not in _PRODUCTS or not isinstance(node.args[0], fx.Node):
         return None
@@ -67,7 +85,7 @@ def coalesce_parallel(m: Match) -> "tuple[fx.Node, ...] | Skip":
     """
     products: tuple[fx.Node, ...] = m.products
     kinds = [tensor_type(each) for each in products]
-    axis = -1 if m.roots[0].target is aten.linear.default else 1
+    axis = 1 - m.w.meta["val"].ndim  # the same with and without a batch
     weights, biases = _stacked(m, "weight", "w"), _stacked(m, "bias", "b")
     given = {**normalized_arguments(products[0]), "input": m.x, "weight": weights, "bias": biases}
     whole = m.call(products[0].target, *given.values())

@@ -13,7 +13,8 @@ from torch import fx
 from sparc.contract import Bounded
 from sparc.pass_base import Stage
 from sparc.passes.fold.affine import AffineMap, Impossible, diagonal, plus, regrouped, then
-from sparc.passes.fold.terms import Constants, Layout, channels, is_product, layout_of, may_be_affine, terms
+from sparc.passes.fold.norm import kept_elsewhere
+from sparc.passes.fold.terms import MOST, Constants, Layout, channels, is_product, layout_of, may_be_affine, terms
 from sparc.pattern import Found
 from sparc.program import Program, is_weight
 from sparc.rewrite import Match, Skip, rewrite
@@ -21,7 +22,6 @@ from sparc.rewrite import Match, Skip, rewrite
 aten = torch.ops.aten
 
 _CONV = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
-_MOST = 64  # nodes of a region
 
 
 @dataclass
@@ -57,7 +57,7 @@ class _Plan:
     inner: tuple[fx.Node, ...]
 
 
-def _extensions(constants: Constants, root: fx.Node, layout: Layout, most: int = _MOST) -> Iterator[_Region]:
+def _extensions(constants: Constants, root: fx.Node, layout: Layout, most: int = MOST) -> Iterator[_Region]:
     """The region of a root, growing by one node towards the inputs at a time."""
     count = channels(root, layout)
     if count is None:
@@ -75,7 +75,7 @@ def _extensions(constants: Constants, root: fx.Node, layout: Layout, most: int =
             if found is not None:
                 before = region.maps.pop(last)
                 for term in found:
-                    own = then(term.map, before)
+                    own = term.map if last is root else then(term.map, before)
                     known = region.maps.get(term.input)
                     region.maps[term.input] = own if known is None else plus(known, own)
                     before = AffineMap(before.kernel, None, *_geometry(before))  # the bias counts once
@@ -127,6 +127,19 @@ def _larger(program: Program, region: _Region, map: AffineMap) -> str:
 
 
 def _find(program: Program, node: fx.Node) -> Found | Skip | None:
+    """The largest region that ends in a node, unless its weights stay for another entry."""
+    found = _find_here(program, node)
+    if not isinstance(found, Found):
+        return found
+    layout = found.values["plan"].layout
+
+    def again(user: fx.Node) -> Iterator[object]:
+        return (_find_here(program, each) for each in (user, *_onward(user, layout)))
+
+    return kept_elsewhere(program, found, again) or found
+
+
+def _find_here(program: Program, node: fx.Node) -> Found | Skip | None:
     """The largest region that ends in a node, unless one that ends further on holds it."""
     if not may_be_affine(node):
         return None
@@ -149,7 +162,7 @@ def _find(program: Program, node: fx.Node) -> Found | Skip | None:
 
 def _onward(node: fx.Node, layout: Layout) -> Iterator[fx.Node]:
     """The affine nodes that a node leads to without a fork."""
-    for _ in range(_MOST):
+    for _ in range(MOST):
         users = list(node.users)
         if len(users) != 1 or not may_be_affine(users[0]) or channels(users[0], layout) is None:
             return

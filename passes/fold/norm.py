@@ -1,6 +1,6 @@
 """What a norm multiplies and adds per feature merges into the layers that read it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,29 @@ def uses(program: Program, name: str) -> Iterator[fx.Node]:
     for entry in program.entries.values():
         for node in weight_nodes(entry.graph, name):
             yield from node.users
+
+
+def kept_elsewhere(program: Program, found: Found, again: Callable[[fx.Node], Iterable[object]]) -> Skip | None:
+    """Why a weight that a match frees in its own entry stays for another one; None when none does.
+
+    Args:
+        program: the program.
+        found: a match.
+        again: what is found around a node of another entry: a match there frees the weight too.
+    """
+    if len(program.entries) == 1:
+        return None
+    inner, graph = set(found.nodes), found.roots[0].graph
+    weights = dict.fromkeys(used for node in found.nodes for used in node.all_input_nodes if is_weight(used))
+    for weight in weights:
+        if any(user not in inner for user in weight.users):
+            continue
+        for user in uses(program, str(weight.target)):
+            if user.graph is graph:
+                continue
+            if not any(isinstance(each, Found) and user in each.nodes for each in again(user)):
+                return Skip(f"another entry reads {str(weight.target)!r} too, which would be stored twice")
+    return None
 
 
 def weight_reason(program: Program, node: Any, what: str = "weight") -> str | None:

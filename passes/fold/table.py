@@ -1,5 +1,6 @@
 """What is done to every row of an embedding by itself is done to its table once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch._ops import OpOverload
 
 from sparc.analysis.elements import element, index_symbols
 from sparc.analysis.logic import Unknown
-from sparc.analysis.values import is_deterministic, same_type, tensor_type
+from sparc.analysis.values import is_deterministic, same_shape, same_type, tensor_type
 from sparc.contract import Bounded
 from sparc.encoding.operators import is_decode
 from sparc.execute import execute
 from sparc.pass_base import Stage
+from sparc.passes.fold.norm import kept_elsewhere
 from sparc.pattern import Found
 from sparc.program import Program, is_weight
 from sparc.region import region
@@ -22,6 +24,7 @@ from sparc.rewrite import Match, Skip, rewrite
 
 aten = torch.ops.aten
 
+_MOST = 64  # nodes between the indices and the value
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
@@ -36,6 +39,7 @@ class _Rows:
         constant: embeddings whose index is the same everywhere, with that index.
         repeated: weights that hold one row many times, with that row.
         why: why the value is none after all; empty when it is one.
+        seen: everything that was looked at.
     """
 
     index: fx.Node | None = None
@@ -44,12 +48,16 @@ class _Rows:
     constant: dict[fx.Node, int] = field(default_factory=dict)
     repeated: dict[str, Tensor] = field(default_factory=dict)
     why: str = ""
+    seen: set[fx.Node] = field(default_factory=set)
 
 
 def _read(program: Program, node: fx.Node, rows: _Rows) -> bool:
     """Follow a value to its embeddings; False when a row depends on more than its index."""
     if node in rows.nodes or node in rows.constant:
         return True
+    rows.seen.add(node)
+    if len(rows.seen) > _MOST:
+        return False
     if node.target is aten.embedding.default:
         return _embedding(program, node, rows)
     if not _row_by_row(node):
@@ -102,7 +110,7 @@ def _row_by_row(node: fx.Node) -> bool:
     if kind is None or not kind.is_floating_point():
         return False
     if node.target is aten.linear.default:
-        return True
+        return node.args[1].meta["val"].ndim == 2  # type: ignore[union-attr]
     if node.target in _NORMS:
         return len(node.args[1]) == 1  # type: ignore[arg-type]
     return torch.Tag.pointwise in node.target.tags
@@ -123,6 +131,22 @@ def _is_same_for_rows(program: Program, node: fx.Node, weight: fx.Node, rows: _R
 
 
 def _find(program: Program, node: fx.Node) -> Found | Skip | None:
+    """The last value of a run of operators on rows, unless its tables stay for another entry."""
+    found = _find_here(program, node)
+    if not isinstance(found, Found):
+        return found
+
+    def again(user: fx.Node) -> Iterator[object]:
+        for _ in range(_MOST):
+            yield _find_here(program, user)
+            if len(user.users) != 1:
+                return
+            user = next(iter(user.users))
+
+    return kept_elsewhere(program, found, again) or found
+
+
+def _find_here(program: Program, node: fx.Node) -> Found | Skip | None:
     """The last value of a run of operators on rows."""
     if not _row_by_row(node):
         return None
@@ -134,6 +158,8 @@ def _find(program: Program, node: fx.Node) -> Found | Skip | None:
     inner = set(rows.nodes)
     whole = [each for each in rows.constant if not same_type(each.meta["val"], node.meta["val"])]
     if whole or any(user not in inner for each in rows.nodes if each is not node for user in each.users):
+        return None
+    if not _one_row_each(node, rows):
         return None
     why = _larger(program, node, rows, inner)
     if why:
@@ -149,7 +175,13 @@ def _goes_on(program: Program, user: fx.Node) -> bool:
         return False
     inner = set(rows.nodes)
     alone = all(each is user or all(other in inner for other in each.users) for each in rows.nodes)
-    return alone and not _larger(program, user, rows, inner)
+    return alone and _one_row_each(user, rows) and not _larger(program, user, rows, inner)
+
+
+def _one_row_each(node: fx.Node, rows: _Rows) -> bool:
+    """Whether a value is what one table gives for the indices: one row for each, of the table's dtype."""
+    kind, index = node.meta["val"], rows.index.meta["val"]  # type: ignore[union-attr]
+    return same_shape(kind.shape[:-1], index.shape) and kind.dtype == rows.tables[0].meta["val"].dtype
 
 
 def _larger(program: Program, node: fx.Node, rows: _Rows, inner: set[fx.Node]) -> str:

@@ -17,6 +17,7 @@ from sparc.program import Program, is_weight
 
 aten = torch.ops.aten
 
+MOST = 64  # nodes of a region
 _RANK = {aten.linear: 0, aten.conv1d: 1, aten.conv2d: 2, aten.conv3d: 3}
 _POOLS = {aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten.avg_pool3d: 3}
 _PADS = {aten.constant_pad_nd, aten.pad}
@@ -83,10 +84,10 @@ def may_be_affine(node: Any) -> bool:
 
 
 def layout_of(node: fx.Node) -> Layout | None:
-    """The layout that the products among a node and its producers have; None when there are none, or two of them."""
+    """The layout that the products among a node and its nearest producers have; None for none, or two of them."""
     found: set[Layout] = set()
     stack, seen = [node], {node}
-    while stack:
+    while stack and len(seen) <= MOST:
         current = stack.pop()
         if is_product(current):
             rank = _RANK[packet(current)]
@@ -153,12 +154,12 @@ class _Reader:
             raise Impossible(f"{what} is computed")
         return self.constants.weight(str(value.target))
 
-    def product(self) -> list[Term]:
+    def product(self) -> list[Term] | None:
         kernel = self.weight(self.given["weight"], "a weight")
         bias = self.weight(self.given.get("bias"), "a bias")
         assert kernel is not None
         if not self.layout.rank:
-            return [Term(self.given["input"], AffineMap(kernel, bias))]
+            return [Term(self.given["input"], AffineMap(kernel, bias))] if kernel.ndim == 2 else None
         stride, dilation = self.sizes("stride"), self.sizes("dilation")
         padding = self.padding(kernel, stride, dilation)
         return [Term(self.given["input"], AffineMap(kernel, bias, stride, padding, dilation, self.given["groups"]))]
@@ -224,6 +225,8 @@ class _Reader:
         return [Term(self.given["self"], moved)]
 
     def sum(self, sign: float) -> list[Term] | None:
+        if isinstance(self.given.get("alpha", 1), fx.Node):
+            return None
         sign *= float(self.given.get("alpha", 1))
         left, right = self.given["self"], self.given["other"]
         constant = self.constant(right)

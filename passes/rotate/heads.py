@@ -151,10 +151,12 @@ def _packed(values: fx.Node, source: fx.Node, start: int, width: int) -> tuple[f
     if packet(source) is not aten.linear:
         raise Refusal(f"its values are a piece of what {operator_name(source)} writes")
     for user in source.users:
+        if reads_shape_only(user):
+            continue
         pieces = [user] if packet(user) is aten.slice else list(user.users)
         for piece in pieces:
             other = _piece(piece, piece.args[0])
-            if other is None:
+            if other is None or other[1] is not source:
                 raise Refusal("its values are read elsewhere too")
             begin, end = other[0], other[0] + int(shape_of(piece)[-1])
             if piece is not values and begin < start + width and start < end:

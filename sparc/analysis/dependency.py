@@ -124,10 +124,11 @@ def groups(program: Program) -> list[Group]:
     found = []
     for leaf, places in members.items():
         readers = contractions.get(leaf, [])
-        indexed = tuple(_member(state, leaf, name, place, readers, uses) for name, place in places)
+        summed = _summed(readers)
+        indexed = tuple(_member(state, leaf, place, summed.get(place, set()), uses) for place in places)
         kind = kinds.get(leaf, "neuron")
-        held, summed = tuple(values[leaf]), tuple(readers)
-        found.append(Group(leaf.size, kind, indexed, held, summed, leaf.frozen, leaf.statistic, leaf, state))
+        held = tuple(values[leaf])
+        found.append(Group(leaf.size, kind, indexed, held, tuple(readers), leaf.frozen, leaf.statistic, leaf, state))
     return found
 
 
@@ -145,24 +146,24 @@ class _Leaves:
         return self._known[id(axis)][1]
 
 
+def _summed(contractions: list[Contraction]) -> dict[tuple[str, int], set[fx.Node]]:
+    """The operators that sum over each axis of a weight."""
+    found: dict[tuple[str, int], set[fx.Node]] = {}
+    for each in contractions:
+        if each.weight is not None:
+            found.setdefault((str(each.weight[0].target), each.weight[1]), set()).add(each.node)
+    return found
+
+
 def _member(
-    state: Coupling,
-    leaf: Channels,
-    name: str,
-    place: int,
-    contractions: list[Contraction],
-    uses: dict[str, set[fx.Node]],
+    state: Coupling, leaf: Channels, place: tuple[str, int], summed: set[fx.Node], uses: dict[str, set[fx.Node]]
 ) -> Member:
     """One axis of a weight; it is only read when every operator that reads the weight sums over this axis."""
-    index = positions(state.weights[name][place], leaf)
-    summed = {
-        each.node
-        for each in contractions
-        if each.weight is not None and (each.weight[0].target, each.weight[1]) == (name, place)
-    }
+    name, axis = place
+    index = positions(state.weights[name][axis], leaf)
     if index is None:  # frozen, since it is coupled with itself
         index = torch.empty(leaf.size, 0, dtype=torch.int64)
-    return Member(name, place, index, summed == uses[name])
+    return Member(name, axis, index, summed == uses[name])
 
 
 def _weight_uses(program: Program) -> dict[str, set[fx.Node]]:

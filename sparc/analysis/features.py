@@ -41,14 +41,16 @@ def reads_shape_only(node: fx.Node) -> bool:
 
 
 def product_axes(node: Any) -> tuple[int, int] | None:
-    """The feature axes of the input and the result of a linear layer or an ungrouped convolution; None for others."""
+    """The feature axes of the input and the result of a linear layer or an ungrouped convolution; None for others.
+
+    A linear layer whose weight is a vector has no features in its result.
+    """
     kind = packet(node)
-    if kind is aten.linear:
-        return -1, -1
-    if kind in CONVOLUTIONS and normalized_arguments(node)["groups"] == 1:
-        rank = node.meta["val"].ndim
-        return 1 - rank, 1 - rank
-    return None
+    if kind is not aten.linear and kind not in CONVOLUTIONS:
+        return None
+    arguments = normalized_arguments(node)
+    axis = 1 - int(arguments["weight"].meta["val"].ndim)  # the same with and without a batch
+    return (axis, axis) if axis < 0 and arguments.get("groups", 1) == 1 else None
 
 
 def is_norm(node: Any) -> bool:
@@ -245,5 +247,4 @@ def product_readers(program: Program, value: fx.Node, axis: int = -1) -> Readers
                 stack.append((user, carried))
             else:
                 return f"it is also read by {operator_name(user)}"
-    order = {node: index for index, node in enumerate(value.graph.nodes)}
-    return Readers(tuple(sorted(products, key=order.__getitem__)), tuple(sorted(carriers, key=order.__getitem__)))
+    return Readers(tuple(sorted(products)), tuple(sorted(carriers)))  # by their places in the graph

@@ -88,8 +88,11 @@ class Streams:
         """Args: the program, and one of its graphs."""
         self._program = program
         self._of: dict[fx.Node, tuple[Stream, int]] = {}
+        self._adopted: list[fx.Node] = []
         for node in graph.nodes:
             self._visit(node)
+        for node in self._adopted:
+            self._freeze_earlier_uses(node)
 
     def __iter__(self) -> Iterator[Stream]:
         return iter({id(found): found for found, _ in self._of.values()}.values())
@@ -192,8 +195,16 @@ class Streams:
             inner = self._adopt(x, like, at) if fits else None  # type: ignore[arg-type]
             if inner is not None:
                 self._put(node, inner[0], axis)
+                self._adopted.append(node)
                 return self._of[node]
         return None
+
+    def _freeze_earlier_uses(self, node: fx.Node) -> None:
+        """What read a constant before it was added to a stream was not known to read one."""
+        found = self._of[node][0]
+        for user in node.users:
+            if user not in found.values and user not in found.readers and not reads_shape_only(user):
+                self._freeze(user, [node])
 
     def _pass_on(self, node: fx.Node) -> bool:
         for x in node.all_input_nodes:

@@ -88,8 +88,16 @@ def scalar_value(program: Program, value: Any) -> float | int | bool | None:
     if is_weight(value):
         tensor = program.weights[str(value.target)]
         return tensor.item() if tensor.numel() == 1 else None  # type: ignore[return-value]
-    if not isinstance(value, fx.Node) or value.op != "call_function":
+    if not isinstance(value, fx.Node) or value.op != "call_function" or tensor_type(value) is None:
         return None
+    found = _filling(program, value)
+    kind = value.meta["val"].dtype
+    whole = found is not None and not kind.is_floating_point and not kind.is_complex
+    return torch.tensor(found).to(kind).item() if whole else found  # type: ignore[return-value]
+
+
+def _filling(program: Program, value: fx.Node) -> float | int | bool | None:
+    """The number that a call fills its result with, before it is converted to the result's dtype."""
     if value.target in _FILLS and len(value.args) > _FILLS[value.target]:
         filled = value.args[_FILLS[value.target]]
         return filled if isinstance(filled, (bool, int, float)) else None
