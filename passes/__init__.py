@@ -17,6 +17,8 @@ def extension() -> Extension:
     from sparc.passes.canonicalize import Canonicalize
     from sparc.passes.clean import RemoveDead
     from sparc.passes.coalesce import MergeNeurons, coalesce_parallel
+    from sparc.passes.cut.blocks import DropBlocks
+    from sparc.passes.cut.merge_blocks import MergeBlocks
     from sparc.passes.decode import Decode
     from sparc.passes.encode import Encode
     from sparc.passes.equalize.equalize import Equalize
@@ -47,7 +49,8 @@ def extension() -> Extension:
         fold_norm_affine,
     )
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, coalesce_parallel)
-    cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, Rotate, Equalize, Smooth, Prune)
+    cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks)
+    moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Prune)
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
-    passes = (*exact, *cuts, Round, *activations, Encode)
+    passes = (*exact, *cuts, *moves, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

@@ -90,11 +90,11 @@ class NoSteps(Exception):
     """Why a block is no chain of residual steps."""
 
 
-def branch_ends(block: Repetition) -> list[fx.Node]:
+def branch_ends(block: Repetition, *, norms: bool = True) -> list[fx.Node]:
     """The last layer of every residual branch of a block.
 
     Between the carried value and the result there may be additions of branches that start from the value they are
-    added to, and norms.
+    added to, and, if `norms` says so, norms.
 
     Raises:
         NoSteps: when there is anything else, or a branch ends with something that no factor can be folded into.
@@ -102,7 +102,7 @@ def branch_ends(block: Repetition) -> list[fx.Node]:
     ends: list[fx.Node] = []
     node = block.result
     while node is not block.carried:
-        if node.target in _NORMS:
+        if norms and node.target in _NORMS:
             node = node.args[0]  # type: ignore[assignment]
             continue
         terms = list(_terms(node, block))

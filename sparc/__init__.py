@@ -1,6 +1,6 @@
 """sparc: a compiler for sparse and quantized PyTorch models that shows the evidence."""
 
-from sparc.api import coalesce, compile, decoalesce, interpolate, load, plan
+from sparc.api import coalesce, compile, decoalesce, deepen, interpolate, load, plan, widen
 from sparc.artifact import Artifact
 from sparc.capture import capture, capture_entries
 from sparc.contract import Approximate, Bounded, Exact
@@ -32,8 +32,10 @@ __all__ = [
     "coalesce",
     "compile",
     "decoalesce",
+    "deepen",
     "interpolate",
     "load",
     "plan",
     "rewrite",
+    "widen",
 ]

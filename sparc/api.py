@@ -143,6 +143,22 @@ def interpolate(big: Program, grown: Program, alpha: float) -> Program:
     return levels.interpolate(big, grown, alpha)
 
 
+def widen(
+    program: Program, layer: str, units: int, *, kind: str | None = None, seed: int = 0, noise: float = 0.0
+) -> Program:
+    """The same function with more units in a layer: see `sparc.passes.grow.widen`."""
+    from sparc.passes import grow
+
+    return grow.widen(program, layer, units, kind=kind, seed=seed, noise=noise)
+
+
+def deepen(program: Program, block: int = -1, stack: int = 0) -> Program:
+    """The same function with one more repetition of a repeated block: see `sparc.passes.grow.deepen`."""
+    from sparc.passes import grow
+
+    return grow.deepen(program, block, stack)
+
+
 def load(folder: str | Path) -> Artifact:
     """Read an artifact that `Artifact.save` wrote; every file is checked before it is used.
 

@@ -190,6 +190,13 @@ UNITS_REMOVED = Code(
     "Units of a layer that equal others, are constant or are never read were removed; what reads the layer was "
     "changed so that it computes the same.",
 )
+BLOCKS_REMOVED = Code(
+    "SPARC215",
+    "a repeated block was removed",
+    "A repetition of a repeated block was bypassed, or merged into the one before it; the model computes something "
+    "else and is smaller. The remark gives the number it was chosen by.",
+    "measure what it costs (metric=), or train on",
+)
 NOT_COALESCIBLE = Code(
     "SPARC220",
     "a program has no coarser level, or two programs are not of one family",

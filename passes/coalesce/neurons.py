@@ -15,7 +15,7 @@ from sparc.diag import PassError
 from sparc.pass_base import Pass, PassContext, Rewrite, Stage
 from sparc.passes.coalesce.constants import ConstantInput, constants, held_nodes
 from sparc.passes.coalesce.readers import add_biases, cannot_take_constant, new_columns
-from sparc.passes.coalesce.units import Superfluous, find_superfluous, zero_units
+from sparc.passes.coalesce.units import Superfluous, find_superfluous, obstacle, zero_units
 from sparc.passes.cut.slice import cut
 from sparc.program import Program, location
 from sparc.region import region, region_inputs
@@ -118,7 +118,7 @@ def _find(program: Program, context: PassContext, group: Group, multiple: int) -
     removal = Removal(group, dead, values, find_superfluous(program, group, dead))
     if not len(removal.gone):
         return None
-    why = _obstacle(group)
+    why = obstacle(group)
     if why:
         context.skip(group.name, f"{removal} of {group.units} units stay: {why}")
         return None
@@ -137,23 +137,10 @@ def _first(removal: Removal, count: int) -> Removal:
     return replace(removal, dead=dead, others=others)
 
 
-def _obstacle(group: Group) -> str:
-    """Why units of the group cannot be merged or removed; empty when they can."""
-    if group.frozen or group.statistic:
-        return group.frozen or group.statistic
-    for reader in group.contractions:
-        if reader.weight is None:
-            return f"they are read by {reader.node.name}, whose operands are all computed"
-        key = (str(reader.weight[0].target), reader.weight[1])
-        if not all(member.read for member in group.members if (member.weight, member.axis) == key):
-            return f"the columns of {key[0]} are also used otherwise"
-    return ""
-
-
 def _dead(program: Program, context: PassContext, group: Group) -> tuple[Tensor, dict[Contraction, ConstantInput]]:
     """`[n]` int64: the units that are constant and can be folded into what reads them; and the constants."""
     none = torch.empty(0, dtype=torch.int64)
-    if _obstacle(group) or not _has_zero_rows(program, group):
+    if obstacle(group) or not _has_zero_rows(program, group):
         return none, {}
     values = constants(program, group)
     dead = torch.stack([~constant.value.isnan().any(1) for constant in values.values()]).all(0)

@@ -54,6 +54,19 @@ def find_superfluous(program: Program, group: Group, dead: Tensor) -> Superfluou
     return Superfluous(pairs, factors, unread)
 
 
+def obstacle(group: Group) -> str:
+    """Why units of the group cannot be merged, copied or removed; empty when they can."""
+    if group.frozen or group.statistic:
+        return group.frozen or group.statistic
+    for reader in group.contractions:
+        if reader.weight is None:
+            return f"they are read by {reader.node.name}, whose operands are all computed"
+        key = (str(reader.weight[0].target), reader.weight[1])
+        if not all(member.read for member in group.members if (member.weight, member.axis) == key):
+            return f"the columns of {key[0]} are also used otherwise"
+    return ""
+
+
 def rows(program: Program, member: Member, units: Tensor, sample: bool = False) -> Tensor:
     """`[len(units), elements]`: the weights of some units in one member; with `sample`, only a few of each."""
     weight = program.weights[member.weight].movedim(member.axis, 0)

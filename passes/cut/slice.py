@@ -57,7 +57,21 @@ def cut_groups(program: Program, keep: Mapping[Group, Sequence[int] | Tensor]) -
     if not keep:
         return
     state = next(iter(keep)).coupling
-    kept = {group.channels: _units(program, state, group, units) for group, units in keep.items()}
+    resize(program, state, {group.channels: _units(program, state, group, units) for group, units in keep.items()})
+
+
+def resize(program: Program, state: Coupling, kept: Kept) -> None:
+    """Let channels consist of some of themselves, in place: weights are indexed, sizes in arguments follow.
+
+    Args:
+        program: the program of the analysis.
+        state: the analysis.
+        kept: for each leaf that changes, the int64 channels that it consists of; a leaf grows when one comes several
+            times.
+
+    Raises:
+        PassError: SPARC207 when an operator does not take what it gets.
+    """
     edited: set[fx.Node] = set()
     for name, axes in state.weights.items():
         _slice_weight(program, name, axes, kept)

@@ -9,6 +9,7 @@ of a grouped convolution `groups * channels`, without any index being enumerated
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import sympy
@@ -321,28 +322,24 @@ def repeats(axis: Axis) -> list[Channels]:
 
 
 def remaining(axis: Axis, kept: dict[Channels, Tensor]) -> Tensor:
-    """The places along an axis of fixed size that stay when only the `kept` channels of some leaves do.
+    """The places along an axis of fixed size that are left when some leaves consist of their `kept` channels.
 
     Args:
         axis: the axis.
-        kept: for each leaf that is cut, the int64 channels that stay.
+        kept: for each leaf that changes, the int64 channels that it consists of, in order; one may come several times.
 
     Returns:
-        int64 places in ascending order.
+        int64 places; in ascending order if those of every leaf are.
     """
-    return torch.nonzero(_stays(normal(axis), kept)).flatten()
-
-
-def _stays(axis: Axis, kept: dict[Channels, Tensor]) -> Tensor:
+    axis = normal(axis)
     if isinstance(axis, Channels):
-        if axis not in kept:
-            return torch.ones(axis.size, dtype=torch.bool)
-        return torch.zeros(axis.size, dtype=torch.bool).index_fill(0, kept[axis], True)
+        return kept[axis] if axis in kept else torch.arange(axis.size)
     if isinstance(axis, Sum):
-        return torch.cat([_stays(part, kept) for part in axis.parts])
-    found = torch.ones(1, dtype=torch.bool)
+        starts = accumulate((extent(part) for part in axis.parts), initial=0)
+        return torch.cat([remaining(part, kept) + start for part, start in zip(axis.parts, starts, strict=False)])
+    found = torch.zeros(1, dtype=torch.int64)
     for each in axis.factors:
-        found = (found[:, None] & _stays(each, kept)).flatten()
+        found = (found[:, None] * extent(each) + remaining(each, kept)).flatten()
     return found
 
 
