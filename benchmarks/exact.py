@@ -33,7 +33,7 @@ from sparc.passes.rotate import Rotate
 from sparc.program import Program
 
 app = typer.Typer(add_completion=False)
-THREADS = 2
+THREADS, PAIRS = 2, 40
 PAGE = Path(__file__).parent.parent / "docs" / "exact.md"
 START, END = "<!-- exact -->", "<!-- end -->"
 LAYERS = (4, 15, 30, 60, 120)
@@ -117,7 +117,7 @@ def _in_runtime(plain: sparc.Artifact, exact: sparc.Artifact, inputs: Mapping[st
         for artifact, path in zip((plain, exact), paths, strict=True):
             artifact.export_onnx(path)
         nodes = [len(onnx.load(path, load_external_data=False).graph.node) for path in paths]
-        control, ratio = compare(paths[1], {"before": paths[0]}, inputs, THREADS)
+        control, ratio = compare(paths[1], {"before": paths[0]}, inputs, THREADS, PAIRS)
     return {"nodes": nodes, "ratio": ratio, "control": control}
 
 
@@ -126,7 +126,7 @@ def _eager(plain: Program, exact: Program, inputs: list[Tensor]) -> Any:
         return lambda: program.run_flat(inputs)
 
     with torch.no_grad():
-        return paired_ratio(run(exact), run(plain), "before", pairs=30, budget=60.0, warmup=2)
+        return paired_ratio(run(exact), run(plain), "before", pairs=PAIRS, budget=30.0, warmup=2)
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ PAIRS = 200
 
 
 def compare(
-    ours: Path, contenders: Mapping[str, Path], inputs: Mapping[str, Tensor], threads: int
+    ours: Path, contenders: Mapping[str, Path], inputs: Mapping[str, Tensor], threads: int, pairs: int = PAIRS
 ) -> list[dict[str, Any]]:
     """Paired, interleaved ratios of `ours` to every contender, and to itself as the control.
 
@@ -35,12 +35,14 @@ def compare(
         contenders: ONNX files with inputs of the same names, by what to call them.
         inputs: what to run all of them on.
         threads: threads of all sessions together.
+        pairs: how many pairs of runs.
     """
     with tempfile.TemporaryDirectory() as folder:
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in inputs.items()}
         np.savez(Path(folder) / "inputs.npz", **arrays)
         named = [f"{name}={path}" for name, path in {"itself (control)": ours, **contenders}.items()]
         command = [sys.executable, "-m", "benchmarks.timing", str(ours), *named, "--threads", str(threads)]
+        command += ["--pairs", str(pairs)]
         done = subprocess.run(
             [*command, "--inputs", str(Path(folder) / "inputs.npz")], check=True, stdout=subprocess.PIPE, text=True
         )
@@ -48,7 +50,9 @@ def compare(
     return rows
 
 
-def main(ours: Path, contenders: list[str], inputs: Path = Path("inputs.npz"), threads: int = 2) -> None:
+def main(
+    ours: Path, contenders: list[str], inputs: Path = Path("inputs.npz"), threads: int = 2, pairs: int = PAIRS
+) -> None:
     """Print the ratios as JSON; contenders are NAME=FILE."""
     ort.set_global_thread_pool_sizes(threads, 1)
     feeds = {name: array for name, array in np.load(inputs).items()}
@@ -57,7 +61,7 @@ def main(ours: Path, contenders: list[str], inputs: Path = Path("inputs.npz"), t
     for contender in contenders:
         name, _, path = contender.partition("=")
         other = run if Path(path) == ours else _runner(Path(path), feeds)
-        rows.append(asdict(paired_ratio(run, other, name, pairs=PAIRS, budget=1e9, warmup=5)))
+        rows.append(asdict(paired_ratio(run, other, name, pairs=pairs, budget=1e9, warmup=5)))
     typer.echo(json.dumps(rows))
 
 

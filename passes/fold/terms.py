@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
+from sparc.analysis.features import packet
 from sparc.analysis.values import same_shape, scalar_value, tensor_type
 from sparc.encoding.operators import is_decode
 from sparc.passes.fold.affine import AffineMap, Impossible, Sizes, diagonal
@@ -65,12 +65,6 @@ class Term:
 
     input: fx.Node
     map: AffineMap
-
-
-def packet(node: Any) -> Any:
-    """The operator without its overload; None where a node is no call of an operator."""
-    target = node.target if isinstance(node, fx.Node) else None
-    return target.overloadpacket if isinstance(target, OpOverload) else None
 
 
 def is_product(node: Any) -> bool:
