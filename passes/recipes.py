@@ -8,7 +8,7 @@ from sparc.passes.activation.correct import CorrectBias
 from sparc.passes.activation.dynamic import QuantizeActivations
 from sparc.passes.activation.static import CalibrateActivations
 from sparc.passes.canonicalize import Canonicalize
-from sparc.passes.coalesce import MergeNeurons, coalesce_parallel
+from sparc.passes.coalesce import MergeNeurons
 from sparc.passes.encode import Encode
 from sparc.passes.equalize.smooth import Smooth
 from sparc.passes.fold import (
@@ -35,7 +35,7 @@ def prepare() -> tuple[Pass, ...]:
 
 def exact() -> tuple[Pass, ...]:
     """The folds and merges behind `prepare`: fewer operators and bytes, or none of it."""
-    return (fold_table, fold_norm_affine, MergeNeurons(), coalesce_parallel)
+    return (fold_table, fold_norm_affine, MergeNeurons())
 
 
 def _recipe(name: str, *steps: Pass | Step) -> Recipe:
