@@ -5,11 +5,11 @@ that copies or selects elements, so that it can come last, where a product takes
 """
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
+from sparc.analysis.features import packet
 from sparc.codegen.triton.static import Coded, match_coded
 from sparc.encoding.operators import is_decode
 from sparc.program import Entry
@@ -36,9 +36,9 @@ def carry_codes(entry: Entry) -> None:
         coded = match_coded(node.args[0]) if node.args else None
         if coded is None or is_decode(node):
             continue
-        if _packet(node) in _MOVING:
+        if packet(node) in _MOVING:
             codes = entry.call(node.target, coded.codes, *node.args[1:], before=node, like=node, **node.kwargs)
-        elif _packet(node) in _SELECTING and _is_exact(node) and any(_leads_to_product(each) for each in node.users):
+        elif packet(node) in _SELECTING and _is_exact(node) and any(_leads_to_product(each) for each in node.users):
             codes = _quantized(entry, node, coded)
         else:
             continue
@@ -64,10 +64,5 @@ def _is_exact(node: fx.Node) -> bool:
 
 
 def _leads_to_product(node: fx.Node) -> bool:
-    moves = _packet(node) in _MOVING | _SELECTING
+    moves = packet(node) in _MOVING | _SELECTING
     return node.target in _PRODUCTS or (moves and any(_leads_to_product(each) for each in node.users))
-
-
-def _packet(node: fx.Node) -> Any:
-    """The operator of a node without its overload."""
-    return getattr(node.target, "overloadpacket", node.target)
