@@ -16,6 +16,7 @@ from sparc.capture import Dynamic, capture
 from sparc.diag import Diagnostics, PassError
 from sparc.driver import VERIFY_LEVELS, Driver
 from sparc.exported import capture_exported
+from sparc.generation.task import prepare_task
 from sparc.memory import trim
 from sparc.parity import check_sites
 from sparc.pass_base import Pass, Samples, Stage
@@ -57,8 +58,9 @@ def registry(diagnostics: Diagnostics | None = None) -> Registry:
 
 def compile(
     model: nn.Module | ExportedProgram,
-    example_inputs: Any,
+    example_inputs: Any = None,
     *,
+    task: str | None = None,
     recipe: RecipeLike = "w8",
     target: str = "onnx",
     dynamic: Dynamic | None = None,
@@ -73,6 +75,8 @@ def compile(
     Args:
         model: a module in float32, or an exported program.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
+        task: `text-generation` works example inputs, dynamic dimensions and a cache out from a language model of
+            transformers; `data` is then what its tokenizer returns.
         recipe: a registered name (`w8`, `w4`, `w8a8`, ...), a TOML file, a Recipe, or passes in order.
         target: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`, `cuda`, `cuda:sm_90`, `reference`.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`.
@@ -91,7 +95,13 @@ def compile(
     place, chosen = known.target(target.removesuffix(":cpu")), resolve_recipe(recipe, known)
     check_verify(verify)
     place.check_options(options or {})
+    cache = None
+    if task is not None:
+        prepared = prepare_task(task, model, data)
+        model, example_inputs, dynamic, data = prepared.model, prepared.example_inputs, prepared.dynamic, prepared.data
+        cache = prepared.cache
     captured = _capture(model, example_inputs, dynamic, diagnostics)
+    captured.main.cache = cache
     samples = make_samples(captured, example_inputs, data, diagnostics)
     driver = Driver(captured, samples, diagnostics, verify=verify)
     plain, baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])

@@ -110,8 +110,8 @@ class Artifact:
         if entry not in self.program.entries:
             known = ", ".join(self.program.entries)
             raise ArtifactError(codes.CALL_MISMATCH, f"there is no entry {entry!r}", hint=f"the entries are {known}")
-        signature = self.program.entries[entry].signature
-        return signature.unflatten(self.run_flat(signature.bind(args, kwargs), entry))
+        called = self.program.entries[entry]
+        return called.signature.unflatten(self.run_flat(called.bind(args, kwargs), entry))
 
     def run_flat(self, tensors: Sequence[Tensor], entry: str | None = None) -> list[Tensor]:
         """Run an entry on one tensor per input; returns the flat outputs.

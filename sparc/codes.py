@@ -97,6 +97,16 @@ UNSUPPORTED_OPERATOR = Code(
     "supported yet.",
     "replace the named line with ordinary tensor operators",
 )
+NO_CACHE = Code(
+    "SPARC112",
+    "the model cannot generate with a cache",
+    "The task text-generation needs a causal language model of transformers whose forward() takes past_key_values and "
+    "fills a DynamicCache of keys and values [batch, heads, length, size].",
+    "compile it without task=, or wrap it in a module that takes and returns such a cache",
+)
+UNKNOWN_TASK = Code(
+    "SPARC113", "an unknown task", "The task is none that sparc knows.", 'the only task is "text-generation"'
+)
 
 # 2xx: passes and recipes --------------------------------------------------------------------------------------------
 UNKNOWN_NAME = Code(
@@ -390,6 +400,24 @@ OUTPUTS_DIFFER = Code(
     "two models differ by more than the tolerance",
     "`sparc compare --tolerance` found an output that needs a larger one.",
     "look at the layers with --layers: the worst come first",
+)
+CACHE_FULL = Code(
+    "SPARC511",
+    "the sequence does not fit into the cache",
+    "Prompt and new tokens together are longer than the model's positions, or than the cache was made for.",
+    "shorten the prompt, or ask for fewer new tokens",
+)
+BAD_PROMPT = Code(
+    "SPARC512",
+    "the prompt cannot be continued",
+    "A prompt is int64 tokens [batch, seq] with at least one visible token in every row.",
+    "check the tokens and the attention mask",
+)
+NO_GENERATION = Code(
+    "SPARC513",
+    "the artifact does not generate",
+    "It was compiled without a cache, or what generating needs (a tokenizer, for a prompt as text) is missing.",
+    'compile it with task="text-generation"',
 )
 
 

@@ -1,12 +1,13 @@
 """What an entry's inputs must be: a check before a runtime sees them, and example inputs made from the types alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sparc import codes
+from sparc.cache import MASK, TOKENS, Cache
 from sparc.diag import ArtifactError
 from sparc.program import Entry
 from sparc.signature import Signature
@@ -21,10 +22,16 @@ class InputCheck:
 
     def __init__(self, entry: Entry) -> None:
         """Args: the entry."""
-        self._rows = [
-            (name, node.meta["val"].dtype, tuple(_dimension(size, entry) for size in node.meta["val"].shape))
-            for name, node in zip(entry.signature.input_names, entry.placeholders, strict=True)
-        ]
+        self._cache = entry.cache
+        growing = {(slot.input, slot.axis) for slot in entry.cache.slots} if entry.cache is not None else set()
+        summed = {(MASK, 1)} if entry.cache is not None else set()  # checked in `_check_lengths`
+        self._rows = []
+        for name, node in zip(entry.signature.input_names, entry.placeholders, strict=True):
+            dimensions = tuple(
+                None if (name, axis) in summed else _dimension(size, entry, least=0 if (name, axis) in growing else 1)
+                for axis, size in enumerate(node.meta["val"].shape)
+            )
+            self._rows.append((name, node.meta["val"].dtype, dimensions))
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Check one call.
@@ -49,6 +56,21 @@ class InputCheck:
                         )
                 elif expected is not None:
                     _check_symbol(f"dimension {axis} of input {name!r}", size, expected, sizes)
+        if self._cache is not None:
+            _check_lengths(self._cache, {row[0]: tensor for row, tensor in zip(self._rows, tensors, strict=True)})
+
+
+def _check_lengths(cache: Cache, given: Mapping[str, Tensor]) -> None:
+    """The mask is as long as the cache and the tokens together, and that is not longer than the model can see."""
+    slot = cache.slots[0]
+    total = given[slot.input].shape[slot.axis] + given[TOKENS].shape[1]
+    if MASK in given and given[MASK].shape[1] != total:
+        what = f"input {MASK!r} has {given[MASK].shape[1]} places, not {total}"
+        raise _mismatch(what, "it covers what is in the cache, and the tokens")
+    if total > cache.length:
+        raise ArtifactError(
+            codes.CACHE_FULL, f"{total} places do not fit into {cache.length}", why="the model knows no more positions"
+        )
 
 
 def _check_symbol(
@@ -63,7 +85,7 @@ def _check_symbol(
         raise _mismatch(f"{where} is {size}, but {symbol} is {span}")
 
 
-def _dimension(size: Any, entry: Entry) -> "int | tuple[str, int, int | None] | None":
+def _dimension(size: Any, entry: Entry, *, least: int) -> "int | tuple[str, int, int | None] | None":
     """A fixed size, or the symbol's name and range; None for a compound expression."""
     if isinstance(size, int):
         return size
@@ -73,7 +95,7 @@ def _dimension(size: Any, entry: Entry) -> "int | tuple[str, int, int | None] | 
     span = entry.fake_mode.shape_env.var_to_range.get(expression) if entry.fake_mode.shape_env is not None else None
     low = int(span.lower) if span is not None and span.lower.is_Integer else 1
     high = int(span.upper) if span is not None and span.upper.is_Integer else None
-    return dim_text(size, entry), 1 if low <= 2 else low, high  # 2 is torch.export's own lower bound, for tracing
+    return dim_text(size, entry), least if low <= 2 else low, high  # 2 is torch.export's own lower bound, for tracing
 
 
 def _short(dtype: torch.dtype) -> str:

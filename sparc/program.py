@@ -7,7 +7,7 @@ FakeTensor. A
 program never mutates a tensor: to change a weight is to put another tensor in the store, so clones share every tensor.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from sparc.cache import Cache, complete
 from sparc.diag import Location
 from sparc.execute import Watch, execute
 from sparc.signature import Signature
@@ -91,12 +92,24 @@ class Entry:
         signature: names and structure of inputs and outputs.
         fake_mode: makes the FakeTensors in `meta["val"]`; its shape environment knows every symbol's range.
         symbols: the user's names of dynamic dimensions, by symbol (`{"s3": "batch"}`).
+        cache: which outputs are the next call's inputs, for an entry that generates.
     """
 
     graph: fx.Graph
     signature: Signature
     fake_mode: FakeTensorMode
     symbols: dict[str, str] = field(default_factory=dict)
+    cache: Cache | None = None
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of a call, one per placeholder; what a cached entry needs may be left out (`sparc.cache`).
+
+        Raises:
+            ArtifactError: SPARC506 when a name, a structure, a type or a frozen value does not fit.
+        """
+        if self.cache is not None:
+            args, kwargs = (), complete(self, args, kwargs)
+        return self.signature.bind(args, kwargs)
 
     def clone(self) -> "Entry":
         """A copy whose nodes may be edited; node names and metadata are kept, tensors and symbols shared."""
@@ -289,7 +302,7 @@ class Program:
             ArtifactError: SPARC506 when the inputs do not fit.
         """
         chosen = self.entry(entry)
-        tensors = chosen.signature.bind(args, kwargs)
+        tensors = chosen.bind(args, kwargs)
         return chosen.signature.unflatten(self.run_flat(tensors, entry=entry, wide=wide, watch=watch))
 
     def run_flat(
@@ -349,7 +362,7 @@ class ProgramModule(nn.Module):
         """Call the program's entry like the model itself."""
         chosen = self._program.entry(entry)
         weights = {**dict(self.named_buffers()), **dict(self.named_parameters())}
-        tensors = chosen.signature.bind(args, kwargs)
+        tensors = chosen.bind(args, kwargs)
         return chosen.signature.unflatten(execute(chosen.graph, weights, tensors, grad=torch.is_grad_enabled()))
 
 

@@ -70,9 +70,10 @@ def bind(program: Program, item: Any) -> list[Tensor]:
     signature = program.main.signature
     try:
         if isinstance(item, Mapping):
-            tensors = signature.bind((), {name: value for name, value in item.items() if name in signature.parameters})
+            known = {name: value for name, value in item.items() if name in signature.parameters}
+            tensors = program.main.bind((), known)
         else:
-            tensors = signature.bind(item if isinstance(item, (tuple, list)) else (item,), {})
+            tensors = program.main.bind(item if isinstance(item, (tuple, list)) else (item,), {})
         InputCheck(program.main)(tensors)
     except Exception as error:  # ArtifactError of a mismatch, or whatever an odd item raises
         said = error.diagnostic if isinstance(error, SparcError) else None

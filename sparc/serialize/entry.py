@@ -6,7 +6,8 @@
            {"op": "call", "name": "linear", "target": "aten.linear.default", "args": [...], "kwargs": {...}, "type":
            {...},
             "module": "fc", "class": "Linear", "source": "model.py:3 in forward"}],
- "results": [{"node": "linear"}]}
+ "results": [{"node": "linear"}],
+ "cache": {"length": 8192, "slots": [["past.0.key", "present.0.key", 2], ...]}}     where there is one
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparc.encoding.operators import is_decode, is_quantize
 from sparc.program import Entry
 from sparc.serialize import schema
+from sparc.serialize.cache import cache_from_json, cache_to_json
 from sparc.serialize.check import check_types
 from sparc.serialize.schema import malformed, unwritable
 from sparc.serialize.signature import signature_from_json, signature_to_json
@@ -45,6 +47,7 @@ def entry_to_json(entry: Entry) -> dict[str, Any]:
         "symbols": symbols_to_json(entry.fake_mode.shape_env, used),
         "names": dict(entry.symbols),
         "signature": signature_to_json(entry.signature),
+        **({"cache": cache_to_json(entry.cache)} if entry.cache is not None else {}),
         "nodes": [_node_to_json(node) for node in entry.graph.nodes if node.op != "output"],
         "results": [argument_to_json(result) for result in entry.output.args[0]],  # type: ignore[union-attr]
     }
@@ -78,7 +81,7 @@ def entry_from_json(described: Any, weights: Mapping[str, Tensor], register: Cal
     Raises:
         ArtifactError: SPARC503.
     """
-    found = schema.fields(described, "an entry", ["symbols", "names", "signature", "nodes", "results"])
+    found = schema.fields(described, "an entry", ["symbols", "names", "signature", "nodes", "results"], ["cache"])
     names = {
         key: schema.text(value, "a dimension's name") for key, value in schema.entries(found["names"], "names").items()
     }
@@ -100,6 +103,8 @@ def entry_from_json(described: Any, weights: Mapping[str, Tensor], register: Cal
     results = [arguments.read(value) for value in schema.items(found["results"], "results")]
     entry.graph.output(results)
     _check_counts(entry, len(results))
+    if "cache" in found:
+        entry.cache = cache_from_json(found["cache"], entry)
     check_types(entry, {nodes[row["name"]]: row.get("type") for row in rows}, types, found["symbols"], symbols)
     return entry
 

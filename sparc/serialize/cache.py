@@ -1,0 +1,47 @@
+"""An entry's cache as JSON, checked on reading."""
+
+from typing import TYPE_CHECKING, Any
+
+from sparc.cache import Cache, CacheSlot
+from sparc.serialize import schema
+from sparc.serialize.schema import malformed
+
+if TYPE_CHECKING:
+    from sparc.program import Entry
+
+_LONGEST = 1 << 40
+
+
+def cache_to_json(cache: Cache) -> dict[str, Any]:
+    """JSON-ready values."""
+    return {"length": cache.length, "slots": [[slot.input, slot.output, slot.axis] for slot in cache.slots]}
+
+
+def cache_from_json(described: Any, entry: "Entry") -> Cache:
+    """The inverse of `cache_to_json`, for an entry whose graph has been read.
+
+    Raises:
+        ArtifactError: SPARC503 when a slot names no input or output, or an axis that they do not have.
+    """
+    found = schema.fields(described, "a cache", ["length", "slots"])
+    length = schema.integer(found["length"], "a cache's length", 1)
+    if length > _LONGEST:
+        raise malformed(f"a cache has {length} places")
+    inputs = dict(zip(entry.signature.input_names, entry.placeholders, strict=True))
+    outputs = dict(zip(entry.signature.output_names, entry.output.args[0], strict=True))  # type: ignore[arg-type]
+    slots = []
+    for row in schema.items(found["slots"], "a cache's slots"):
+        if not isinstance(row, list) or len(row) != 3:
+            raise malformed("a slot of a cache is malformed")
+        slot = CacheSlot(
+            schema.text(row[0], "an input"), schema.text(row[1], "an output"), schema.integer(row[2], "an axis", 1)
+        )
+        if slot.input not in inputs or slot.output not in outputs:
+            raise malformed(f"a slot of a cache names {slot.input[:80]!r} and {slot.output[:80]!r}")
+        given, made = inputs[slot.input].meta["val"], outputs[slot.output].meta["val"]  # type: ignore[union-attr]
+        if not slot.axis < given.ndim == made.ndim or given.dtype != made.dtype:
+            raise malformed(f"{slot.input[:80]!r} and {slot.output[:80]!r} are no slot of a cache")
+        slots.append(slot)
+    if len({slot.input for slot in slots}) != len(slots) or len({slot.output for slot in slots}) != len(slots):
+        raise malformed("two slots of a cache name one tensor")
+    return Cache(tuple(slots), length)
