@@ -95,11 +95,11 @@ def compile(
     place, chosen = known.target(target.removesuffix(":cpu")), resolve_recipe(recipe, known)
     check_verify(verify)
     place.check_options(options or {})
-    cache = None
+    cache, attachments = None, {}
     if task is not None:
         prepared = prepare_task(task, model, data)
         model, example_inputs, dynamic, data = prepared.model, prepared.example_inputs, prepared.dynamic, prepared.data
-        cache = prepared.cache
+        cache, attachments = prepared.cache, dict(prepared.attachments)
     captured = _capture(model, example_inputs, dynamic, diagnostics)
     captured.main.cache = cache
     samples = make_samples(captured, example_inputs, data, diagnostics)
@@ -109,7 +109,7 @@ def compile(
     emission = place.emit(driver.program, context)
     if verify != "types" and emission.native:
         check_sites(baseline, driver.program, place, samples, context, every=verify == "full")
-    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml())
+    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml(), attachments)
     _gather_evidence(artifact, captured, baseline, samples, target)
     if measure:
         _measure(artifact, model, example_inputs, place, plain, context)

@@ -6,7 +6,7 @@ Identical inputs give identical bytes.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,8 @@ from sparc.diag import ArtifactError, Diagnostic, LoweringError, SparcError
 from sparc.encoding.base import Encoding
 from sparc.encoding.parse import parse_spec
 from sparc.files import FileRecord
+from sparc.generation.artifact import generate, open_session, stream
+from sparc.generation.session import Session
 from sparc.inputs import InputCheck
 from sparc.ledger import Ledger
 from sparc.program import Program
@@ -34,6 +36,10 @@ VERSION = 1
 _MANIFEST, _TIMINGS, _WEIGHTS, _RECIPE = "manifest.json", "timings.json", "weights.safetensors", "recipe.toml"
 _OWN = ("program.json", "target.json", "report.json", _RECIPE, _WEIGHTS)
 _BESIDE = frozenset({_MANIFEST, _TIMINGS, "report.html"})
+ATTACHMENTS = frozenset(
+    {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    | {"chat_template.jinja", "genai_config.json"}
+)
 _MANIFEST_LIMIT = 1 << 20
 _JSON_LIMIT = 1 << 28
 _FILE_LIMIT = 1 << 31
@@ -49,6 +55,7 @@ class Artifact:
         diagnostics: warnings and remarks.
         emission: what the target made of the program.
         recipe_text: the recipe as TOML.
+        attachments: files that came with the model, such as its tokenizer's (`ATTACHMENTS`).
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class Artifact:
         diagnostics: Iterable[Diagnostic],
         emission: Emission,
         recipe_text: str = "",
+        attachments: Mapping[str, bytes] | None = None,
     ) -> None:
         """Args: see the attributes."""
         self.program = program
@@ -65,6 +73,7 @@ class Artifact:
         self.diagnostics = diagnostics
         self.emission = emission
         self.recipe_text = recipe_text
+        self.attachments = dict(attachments or {})
         self._threads: int | None = None
         self._runners: dict[str, tuple[InputCheck, Runner]] = {}
 
@@ -127,6 +136,18 @@ class Artifact:
         check(tensors)
         return runner(tensors)
 
+    def session(self, batch: int = 1, length: int | None = None) -> Session:
+        """Sequences to feed and continue: see `sparc.generation.artifact.open_session`."""
+        return open_session(self, batch, length)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Continue prompts; the arguments, results and errors are those of `sparc.generation.artifact.generate`."""
+        return generate(self, input_ids, attention_mask, **options)
+
+    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
+        """As `generate`, but yields the next token of every sequence, int64 `[batch]`, as soon as it is known."""
+        return stream(self, input_ids, attention_mask, **options)
+
     # saving ---------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> Path:
         """Write the artifact's folder, whole or not at all; an artifact that is there is replaced in one rename.
@@ -151,6 +172,7 @@ class Artifact:
             "report.json": [schema.to_json(records_to_dict(self.ledger, self.diagnostics))],
             _RECIPE: [self.recipe_text.encode()],
         }
+        contents.update((name, [content]) for name, content in self.attachments.items() if name in ATTACHMENTS)
         for name, content in self.emission.files(tensors.spans).items():
             files.check_name(name)
             if name in contents or name in _BESIDE:
@@ -255,10 +277,13 @@ def load_artifact(
             stored = [_stored(row, reader) for row in schema.items(stored_rows["tensors"], "tensors")]
     timings = _read_json(place, _TIMINGS) if (place / _TIMINGS).exists() else None
     ledger, diagnostics = records_from_dict(read("report.json"), timings)
-    own = {name: files.read_file(place, name, _FILE_LIMIT) for name in records if name not in _OWN}
+    beside = {name: files.read_file(place, name, _FILE_LIMIT) for name in records if name not in _OWN}
+    own = {name: content for name, content in beside.items() if name not in ATTACHMENTS}
+    attached = {name: content for name, content in beside.items() if name in ATTACHMENTS}
     recipe = files.read_file(place, _RECIPE, _MANIFEST_LIMIT).decode(errors="replace")
     context = EmitContext(diagnostics, lowerings=lowerings or {})
-    return Artifact(program, ledger, diagnostics, _load_emission(target, program, own, stored, context), recipe)
+    emission = _load_emission(target, program, own, stored, context)
+    return Artifact(program, ledger, diagnostics, emission, recipe, attached)
 
 
 def _load_emission(

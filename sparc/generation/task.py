@@ -55,7 +55,16 @@ def prepare_task(task: str, model: Any, data: Data) -> Task:
         raise CaptureError(codes.NO_CACHE, "the task needs the model itself", why=f"got {type(model).__name__}")
     examples, dynamic, cache = describe(model)
     named = None if data is None else lambda: map(named_call, _items(data))
-    return Task(Decoder(model), examples, dynamic, named, cache)
+    return Task(Decoder(model), examples, dynamic, named, cache, _settings(model))
+
+
+def _settings(model: Any) -> dict[str, bytes]:
+    """The model's own settings, as files of its folder."""
+    generation = getattr(model, "generation_config", None)
+    texts = {"config.json": model.config.to_json_string(use_diff=False)}
+    if generation is not None:
+        texts["generation_config.json"] = generation.to_json_string()
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def _items(data: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterable[Any]:
