@@ -20,6 +20,7 @@ from sparc.encoding.base import Encoding
 from sparc.encoding.parse import parse_spec
 from sparc.files import FileRecord
 from sparc.generation.artifact import generate, open_session, stream
+from sparc.generation.attachments import ATTACHMENTS
 from sparc.generation.session import Session
 from sparc.inputs import InputCheck
 from sparc.ledger import Ledger
@@ -36,10 +37,6 @@ VERSION = 1
 _MANIFEST, _TIMINGS, _WEIGHTS, _RECIPE = "manifest.json", "timings.json", "weights.safetensors", "recipe.toml"
 _OWN = ("program.json", "target.json", "report.json", _RECIPE, _WEIGHTS)
 _BESIDE = frozenset({_MANIFEST, _TIMINGS, "report.html"})
-ATTACHMENTS = frozenset(
-    {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-    | {"chat_template.jinja", "genai_config.json"}
-)
 _MANIFEST_LIMIT = 1 << 20
 _JSON_LIMIT = 1 << 28
 _FILE_LIMIT = 1 << 31

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import NoReturn
 
 from sparc.cli import about, bench, compare, compile, inspect
+from sparc.cli import run as run_command
 from sparc.cli.output import err, print_error
 from sparc.cli.root import app
 from sparc.diag import SparcError
@@ -15,7 +16,7 @@ __all__ = ["app", "main", "run"]
 
 _INTERRUPTED = 130
 
-for _module in (compile, inspect, compare, bench, about):
+for _module in (compile, run_command, inspect, compare, bench, about):
     _module.register(app)
 
 

@@ -14,6 +14,8 @@ from sparc.cli.output import out, print_json, say
 from sparc.cli.root import MODEL_HELP, AsJson, Trust
 from sparc.cli.source import Source, call_lazily, load_source
 from sparc.diag import CaptureError, Severity
+from sparc.generation.attachments import GENAI_CONFIG
+from sparc.generation.genai import genai_config
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +28,10 @@ def compile_model(
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", help="The artifact's folder.", show_default=False)
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What the model is for: text-generation.", show_default=False)
+    ] = None,
+    genai: Annotated[bool, typer.Option(help="Let onnxruntime-genai load the folder as it is.")] = False,
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="A registered recipe or a TOML file.", show_default="w8")
     ] = None,
@@ -58,13 +64,17 @@ def compile_model(
     say(f"loading {model}")
     source = load_source(model, trust=trust)
     arguments = _arguments(source, recipe, axes)
+    wanted = task or source.task or ("text-generation" if genai else None)
     if dry_run:
         _show_plan(api.plan(**arguments), as_json)
         return
     more = _more(source, target, data, verify, opset)
     say(f"compiling with {arguments['recipe']} for {more['target']}")
-    artifact = api.compile(**arguments, **more, measure=measure)
+    artifact = api.compile(**arguments, **more, task=wanted, measure=measure)
     assert folder is not None
+    artifact.attachments.update(source.attachments or {})
+    if genai:
+        artifact.attachments[GENAI_CONFIG] = genai_config(artifact)
     saved = artifact.save(folder)
     _write_beside(artifact, save_recipe, html, f"{model}: {more['target']}")
     if as_json:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparc import codes
 from sparc.diag import CaptureError
+from sparc.generation.text import tokenizer_files
 
 _BATCH, _LENGTH = 2, 16
 _SAMPLES = 16_000
@@ -24,7 +25,7 @@ _CONFIG_LIMIT = 1 << 22
 
 
 def load_folder(folder: Path) -> dict[str, Any]:
-    """`model`, `example_inputs` and `dynamic` of a model saved with `save_pretrained`.
+    """`model`, `example_inputs`, `dynamic` and the tokenizer's files of a model saved with `save_pretrained`.
 
     Raises:
         CaptureError: SPARC110 when the folder is incomplete, needs code of its own, or transformers is not installed.
@@ -53,7 +54,12 @@ def load_folder(folder: Path) -> dict[str, Any]:
     model.eval()
     _turn_off_caches(model)
     inputs = example_inputs(model, config)
-    return {"model": model, "example_inputs": inputs, "dynamic": dynamic_axes(inputs)}
+    return {
+        "model": model,
+        "example_inputs": inputs,
+        "dynamic": dynamic_axes(inputs),
+        "attachments": tokenizer_files(folder),
+    }
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

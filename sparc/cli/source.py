@@ -19,10 +19,13 @@ from sparc.suggest import hint
 
 @dataclass(frozen=True)
 class Source:
-    """Arguments of `sparc.compile`, by name; None where the model's author left it to the user."""
+    """Arguments of `sparc.compile`, by name; None where the model's author left it to the user.
+
+    `attachments` are files to save beside the model: its tokenizer.
+    """
 
     model: Any
-    example_inputs: Any
+    example_inputs: Any = None
     dynamic: Any = None
     data: Any = None
     metric: Any = None
@@ -30,6 +33,8 @@ class Source:
     target: str | None = None
     verify: str | None = None
     options: Mapping[str, Any] | None = None
+    task: str | None = None
+    attachments: Mapping[str, bytes] | None = None
 
 
 def load_source(named: str, *, trust: bool = False) -> Source:
@@ -109,7 +114,8 @@ def _from_mapping(named: str, made: Mapping[str, Any]) -> Source:
     for key in made:
         if key not in known:
             raise failed(f"{named} returned {key!r}, which is no argument of compile", hint=hint(str(key), known))
-    for key in ("model", "example_inputs"):
+    needed = ("model",) if made.get("task") else ("model", "example_inputs")
+    for key in needed:
         if key not in made:
             raise failed(f"{named} returned no {key!r}", hint='return {"model": model, "example_inputs": {...}}')
     return Source(**made)

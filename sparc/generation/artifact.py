@@ -1,6 +1,5 @@
 """What artifacts with a cache can do: sessions, generated tokens, and the settings that lie beside the model."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from sparc import codes
 from sparc.diag import ArtifactError
+from sparc.generation.attachments import SETTINGS, attached_json
 from sparc.generation.generate import Ending, stream_tokens
 from sparc.generation.sampling import Sampling
 from sparc.generation.session import ExplicitCache, Session, check_prompt, check_room
@@ -18,7 +18,6 @@ from sparc.suggest import hint
 if TYPE_CHECKING:
     from sparc.artifact import Artifact
 
-SETTINGS = "generation_config.json"
 _OPTIONS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "seed")
 _IGNORED = ("token_type_ids",)  # tokenizers return them for models that do not take them
 
@@ -57,15 +56,6 @@ def open_session(artifact: "Artifact", batch: int = 1, length: int | None = None
     return Session(entry, run, batch, length)
 
 
-def settings(artifact: "Artifact") -> dict[str, Any]:
-    """What the model's `generation_config.json` says, if the artifact has one; damaged text counts as none."""
-    try:
-        found = json.loads(artifact.attachments.get(SETTINGS, b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def stream(
     artifact: "Artifact",
     input_ids: Tensor,
@@ -75,9 +65,9 @@ def stream(
     **options: Any,
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, int64 `[batch]`; see `generate` for the arguments and errors."""
-    sampling, ending, generator = _read_options(options, settings(artifact))
+    sampling, ending, generator = _read_options(options, attached_json(artifact, SETTINGS))
     _, entry = cached_entry(artifact)
-    tokens, mask = check_prompt(input_ids, attention_mask, _vocabulary(entry))
+    tokens, mask = check_prompt(input_ids, attention_mask, vocabulary(entry))
     if session is None:
         assert entry.cache is not None
         wanted = tokens.shape[1] + ending.max_new_tokens
@@ -108,7 +98,7 @@ def generate(artifact: "Artifact", input_ids: Tensor, attention_mask: Tensor | N
     return torch.cat([input_ids.long(), torch.stack(chosen, dim=1)], dim=1)
 
 
-def _vocabulary(entry: Entry) -> int | None:
+def vocabulary(entry: Entry) -> int | None:
     """How many tokens there are: the logits' last axis."""
     place = entry.signature.output_names.index("logits")
     size = entry.output.args[0][place].meta["val"].shape[-1]  # type: ignore[index,union-attr]

@@ -10,6 +10,7 @@ from sparc import codes
 from sparc.cache import Cache
 from sparc.capture import Dynamic
 from sparc.diag import CaptureError
+from sparc.generation.attachments import CONFIG, SETTINGS
 from sparc.generation.decoder import Decoder, describe, named_call
 from sparc.samples import Data
 from sparc.suggest import hint
@@ -61,9 +62,9 @@ def prepare_task(task: str, model: Any, data: Data) -> Task:
 def _settings(model: Any) -> dict[str, bytes]:
     """The model's own settings, as files of its folder."""
     generation = getattr(model, "generation_config", None)
-    texts = {"config.json": model.config.to_json_string(use_diff=False)}
+    texts = {CONFIG: model.config.to_json_string(use_diff=False)}
     if generation is not None:
-        texts["generation_config.json"] = generation.to_json_string()
+        texts[SETTINGS] = generation.to_json_string()
     return {name: text.encode() for name, text in texts.items()}
 
 
