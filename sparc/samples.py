@@ -1,6 +1,7 @@
 """The inputs that checks and calibration run on: the user's data, split, or seeded variations of the example inputs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ def make_samples(program: Program, examples: Any, data: Data, diagnostics: Diagn
     example = bind(program, examples)
     if data is None:
         diagnostics.remark(codes.SYNTHETIC_DATA, "measurements ran on synthetic inputs", why="data= was not given")
-        made = [example, *(vary(example, seed) for seed in (1, 2))]
+        cached = set(program.main.cache.inputs) if program.main.cache is not None else set()
+        kept = [name in cached for name in program.main.signature.input_names]
+        made = [example, *(vary(example, seed, kept) for seed in (1, 2))]
         return Samples({entry: made[:2]}, {entry: made[1:]}, True, {entry: example})
     bound = [bind(program, item) for item in _read(data)]
     if not bound:
@@ -88,14 +91,18 @@ def bind(program: Program, item: Any) -> list[Tensor]:
     return tensors
 
 
-def vary(tensors: list[Tensor], seed: int) -> list[Tensor]:
+def vary(tensors: list[Tensor], seed: int, kept: Sequence[bool] = ()) -> list[Tensor]:
     """A seeded variation: floats become normal numbers of the same mean and spread, integers of many values are
-    shuffled; flags stay, and floats that are not all finite (masks).
+    shuffled; flags stay, floats that are not all finite (masks), and those that are `kept`: a cache of random numbers
+    is like none that a model makes.
     """
     generator = torch.Generator().manual_seed(seed)
     varied = []
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.numel() > 1 and bool(tensor.isfinite().all()):
+    for tensor, keep in zip_longest(tensors, kept, fillvalue=False):
+        assert isinstance(tensor, Tensor)
+        if keep:
+            varied.append(tensor)
+        elif tensor.is_floating_point() and tensor.numel() > 1 and bool(tensor.isfinite().all()):
             mean, spread = tensor.double().mean(), tensor.double().std()
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             varied.append((noise * spread + mean).to(tensor.dtype))

@@ -62,23 +62,21 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, dict[int, Any]
     Raises:
         CaptureError: SPARC112 when the model takes no cache of keys and values.
     """
-    layers = _run_once(model)
+    check_model(model)
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(config.get_text_config(decoder=True).vocab_size)
-    mask = torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64)
+    shape = (_BATCH, _PAST + _TOKENS)
+    tokens = torch.randint(min(10, vocabulary // 2), vocabulary, shape, generator=generator)
+    mask = torch.ones_like(tokens)
     mask[1, :2] = 0
-    past = []
-    for key, value in layers:
-        shapes = [(_BATCH, each.shape[1], _PAST, each.shape[3]) for each in (key, value)]
-        drawn = [torch.randn(shape, generator=generator).to(key.dtype) for shape in shapes]
-        past.append({"key": drawn[0], "value": drawn[1]})
+    layers = _run_once(model, tokens[:, :_PAST], mask[:, :_PAST])
     examples = {
-        TOKENS: torch.randint(min(10, vocabulary // 2), vocabulary, (_BATCH, _TOKENS), generator=generator),
+        TOKENS: tokens[:, _PAST:].contiguous(),
         MASK: mask,
         POSITIONS: token_positions(mask, _TOKENS),
         KEEP: torch.arange(_TOKENS)[-2:],
-        "past_key_values": past,
+        "past_key_values": [{"key": key, "value": value} for key, value in layers],
     }
     dynamic: dict[str, dict[int, Any]] = {
         TOKENS: {0: "batch", 1: "seq"},
@@ -104,10 +102,10 @@ def _context(config: Any) -> int:
     return _LONGEST
 
 
-def _run_once(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The keys and values of every layer after a short input."""
+def check_model(model: nn.Module) -> None:
+    """Raises CaptureError SPARC112 for what is no causal language model with a cache."""
     try:
-        from transformers import DynamicCache, PreTrainedModel
+        from transformers import PreTrainedModel
     except ImportError:
         raise CaptureError(codes.NO_CACHE, "transformers is not installed", hint="pip install transformers") from None
     name = type(model).__name__
@@ -117,19 +115,25 @@ def _run_once(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         raise CaptureError(codes.NO_CACHE, f"{name} has an encoder", why="only decoders are supported by this task yet")
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise CaptureError(codes.NO_CACHE, f"{name}.forward() takes no past_key_values")
-    cache = DynamicCache()
-    training = model.training
+
+
+def _run_once(model: nn.Module, tokens: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of every layer after these tokens."""
+    from transformers import DynamicCache
+
+    name, cache, training = type(model).__name__, DynamicCache(), model.training
     try:
         with torch.no_grad():
-            model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
+            model.eval()(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
     except Exception as error:  # any error of the user's own code
         why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise CaptureError(codes.NO_CACHE, f"{name} does not run with a DynamicCache", why=why) from None
     finally:
         model.train(training)
     found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    wanted = tuple(tokens.shape)
     if not found or any(
-        not isinstance(each, Tensor) or each.ndim != 4 or each.shape[0] != 1 or each.shape[2] != 2
+        not isinstance(each, Tensor) or each.ndim != 4 or (each.shape[0], each.shape[2]) != wanted
         for pair in found for each in pair
     ):  # fmt: skip
         raise CaptureError(codes.NO_CACHE, f"{name} keeps another state than keys and values by place")
