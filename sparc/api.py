@@ -16,7 +16,7 @@ from sparc.capture import Dynamic, capture
 from sparc.diag import Diagnostics, PassError
 from sparc.driver import VERIFY_LEVELS, Driver
 from sparc.exported import capture_exported
-from sparc.generation.task import prepare_task
+from sparc.generation.task import Task, prepare_task
 from sparc.memory import trim
 from sparc.parity import check_sites
 from sparc.pass_base import Pass, Samples, Stage
@@ -95,24 +95,20 @@ def compile(
     place, chosen = known.target(target.removesuffix(":cpu")), resolve_recipe(recipe, known)
     check_verify(verify)
     place.check_options(options or {})
-    cache, attachments = None, {}
-    if task is not None:
-        prepared = prepare_task(task, model, data)
-        model, example_inputs, dynamic, data = prepared.model, prepared.example_inputs, prepared.dynamic, prepared.data
-        cache, attachments = prepared.cache, dict(prepared.attachments)
-    captured = _capture(model, example_inputs, dynamic, diagnostics)
-    captured.main.cache = cache
-    samples = make_samples(captured, example_inputs, data, diagnostics)
+    job = prepare_task(task, model, data) if task is not None else Task(model, example_inputs, dynamic, data)
+    captured = _capture(job.model, job.example_inputs, job.dynamic, diagnostics)
+    captured.main.cache = job.cache
+    samples = make_samples(captured, job.example_inputs, job.data, diagnostics)
     driver = Driver(captured, samples, diagnostics, verify=verify)
     plain, baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])
     context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
     emission = place.emit(driver.program, context)
     if verify != "types" and emission.native:
         check_sites(baseline, driver.program, place, samples, context, every=verify == "full")
-    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml(), attachments)
+    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml(), job.attachments)
     _gather_evidence(artifact, captured, baseline, samples, target)
     if measure:
-        _measure(artifact, model, example_inputs, place, plain, context)
+        _measure(artifact, job, place, plain, context)
     driver.ledger.summary.metric = evidence.check_metric(metric, artifact)
     return artifact
 
@@ -235,22 +231,19 @@ def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, s
     ledger.summary = evidence.summarize(captured, artifact.program, emission, samples, target, captured.weights.nbytes)
 
 
-def _measure(
-    artifact: Artifact,
-    model: nn.Module | ExportedProgram,
-    examples: Any,
-    place: Target,
-    plain: Program,
-    context: EmitContext,
-) -> None:
-    entry = next(iter(artifact.program.entries))
-    module = model if isinstance(model, nn.Module) else model.module()
-    named, _ = bind_examples(module.forward, examples)
-    tensors = artifact.program.main.signature.bind((), named)
+def _measure(artifact: Artifact, job: Task, place: Target, plain: Program, context: EmitContext) -> None:
+    name, entry = next(iter(artifact.program.entries.items()))
+    module = job.model if isinstance(job.model, nn.Module) else job.model.module()
+    timed = {label: bind_examples(module.forward, each)[0] for label, each in job.timed.items()}
+    timed = timed or {"": bind_examples(module.forward, job.example_inputs)[0]}
+    summary = artifact.ledger.summary
     if isinstance(artifact.emission, Estimating) and not artifact.emission.native:
-        artifact.ledger.summary.latencies = [artifact.emission.estimate(tensors, entry)]
+        summary.latencies = [
+            artifact.emission.estimate(entry.signature.bind((), each), name) for each in timed.values()
+        ]
         return
     dense: Emission = place.emit(plain, EmitContext(Diagnostics(), context.options, context.lowerings))
-    artifact.ledger.summary.latencies = evidence.latencies(
-        artifact.emission.runner(entry, spin=False), dense.runner(entry, spin=False), module, named, tensors
-    )
+    ours, theirs = artifact.emission.runner(name, spin=False), dense.runner(name, spin=False)
+    for label, named in timed.items():
+        tensors = entry.signature.bind((), named)
+        summary.latencies += evidence.latencies(ours, theirs, module, named, tensors, label=label)

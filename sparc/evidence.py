@@ -142,9 +142,24 @@ def summarize(
     run = emission.runner(entry) if emission.native else lambda tensors: program.run_flat(list(tensors), entry=entry)
     actual = run_all(run, batches)
     check_finite(names, expected, actual)
-    summary.errors = output_errors(names, expected, actual)
-    summary.parity = parity
+    cache = program.main.cache
+    inner = {slot.output for slot in cache.slots} if cache is not None else set()
+    label = f"cache, worst of {len(inner)}"
+    summary.errors = _with_one_row(output_errors(names, expected, actual), inner, label)
+    summary.parity = {name: value for name, value in parity.items() if name not in inner}
+    if inner & parity.keys():
+        summary.parity[label] = max(parity[name] for name in inner & parity.keys())
     return summary
+
+
+def _with_one_row(errors: dict[str, dict[str, float]], inner: set[str], label: str) -> dict[str, dict[str, float]]:
+    """One row of worst figures in place of the rows of `inner` outputs."""
+    rows = {name: figures for name, figures in errors.items() if name not in inner}
+    for name, worst in (("relative error", max), ("cosine", min), ("snr_db", min)):
+        found = [figures[name] for output, figures in errors.items() if output in inner and name in figures]
+        if found:
+            rows.setdefault(label, {})[name] = worst(found)
+    return rows
 
 
 def check_finite(names: Sequence[str], expected: Sequence[Sequence[Any]], actual: Sequence[Sequence[Any]]) -> None:
@@ -172,19 +187,21 @@ def latencies(
     example: Mapping[str, Any],
     tensors: list[Tensor],
     *,
+    label: str = "",
     budget: float = 6.0,
 ) -> list[Ratio]:
     """The artifact's time against the uncompressed model in the same runtime, and against eager torch, at the
-    example's shapes.
+    example's shapes, which `label` describes where there are several.
     """
     found = []
+    end = f": {label}" if label else ""
     if dense is not None:
-        found.append(
-            paired_ratio(lambda: runner(tensors), lambda: dense(tensors), "uncompressed, same runtime", budget=budget)
-        )
+        against = f"uncompressed, same runtime{end}"
+        found.append(paired_ratio(lambda: runner(tensors), lambda: dense(tensors), against, budget=budget))
     if model is not None:
         with torch.no_grad():
-            found.append(paired_ratio(lambda: runner(tensors), lambda: model(**example), "eager torch", budget=budget))
+            against = f"eager torch{end}"
+            found.append(paired_ratio(lambda: runner(tensors), lambda: model(**example), against, budget=budget))
     return found
 
 

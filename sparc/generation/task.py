@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from sparc import codes
-from sparc.cache import Cache
+from sparc.cache import KEEP, MASK, POSITIONS, TOKENS, Cache, token_positions
 from sparc.capture import Dynamic
 from sparc.diag import CaptureError
 from sparc.generation.attachments import CONFIG, SETTINGS
@@ -16,27 +18,30 @@ from sparc.samples import Data
 from sparc.suggest import hint
 
 TASKS = ("text-generation",)
+_PROMPT = 128
 
 
 @dataclass(frozen=True)
 class Task:
-    """Arguments of compile, worked out from a model.
+    """What compile captures, calibrates and times.
 
     Args:
-        model: the module to capture.
-        example_inputs: by name.
+        model: what to capture.
+        example_inputs: its example inputs.
         dynamic: dimensions that vary.
-        data: the user's data, in the module's own inputs.
-        cache: of the captured entry.
+        data: the user's data, in the model's own inputs.
+        cache: of the captured entry, if it generates.
         attachments: files for the artifact's folder: settings of generation.
+        timed: inputs that latency is measured on, by what they are.
     """
 
-    model: nn.Module
-    example_inputs: dict[str, Any]
-    dynamic: Dynamic
+    model: nn.Module | ExportedProgram
+    example_inputs: Any
+    dynamic: Dynamic | None
     data: Data
-    cache: Cache
+    cache: Cache | None = None
     attachments: Mapping[str, bytes] = field(default_factory=dict)
+    timed: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def prepare_task(task: str, model: Any, data: Data) -> Task:
@@ -56,7 +61,25 @@ def prepare_task(task: str, model: Any, data: Data) -> Task:
         raise CaptureError(codes.NO_CACHE, "the task needs the model itself", why=f"got {type(model).__name__}")
     examples, dynamic, cache = describe(model)
     named = None if data is None else lambda: map(named_call, _items(data))
-    return Task(Decoder(model), examples, dynamic, named, cache, _settings(model))
+    return Task(Decoder(model), examples, dynamic, named, cache, _settings(model), _timed(examples, cache))
+
+
+def _timed(examples: Mapping[str, Any], cache: Cache) -> dict[str, dict[str, Any]]:
+    """One sequence: a prompt, and one token after it."""
+    length = max(2, min(_PROMPT, cache.length - 1))
+    made = {f"a prompt of {length} tokens": (length, 0), f"one token after {length}": (1, length)}
+    return {name: _call(examples, tokens, past) for name, (tokens, past) in made.items()}
+
+
+def _call(examples: Mapping[str, Any], tokens: int, past: int) -> dict[str, Any]:
+    mask = torch.ones(1, past + tokens, dtype=torch.int64)
+    layers = [
+        {kind: torch.zeros(1, each.shape[1], past, each.shape[3], dtype=each.dtype) for kind, each in layer.items()}
+        for layer in examples["past_key_values"]
+    ]
+    ids = examples[TOKENS][:1, :1].expand(1, tokens).contiguous()
+    positions = token_positions(mask, tokens)
+    return {TOKENS: ids, MASK: mask, POSITIONS: positions, KEEP: torch.tensor([-1]), "past_key_values": layers}
 
 
 def _settings(model: Any) -> dict[str, bytes]:
