@@ -9,6 +9,9 @@ from torch import Tensor
 from sparc import codes
 from sparc.diag import LoweringError
 from sparc.encoding.operators import is_decode
+from sparc.execute import execute
+from sparc.generation.session import CachedRun
+from sparc.generation.static_cache import StaticCache, in_place
 from sparc.program import Program, is_weight
 from sparc.target import EmitContext, KernelUse, Runner, Span, StoredTensor
 
@@ -39,6 +42,16 @@ class ReferenceEmission:
                 torch.set_num_threads(before)
 
         return run
+
+    def session(self, entry: str, batch: int, length: int, *, threads: int | None = None) -> CachedRun | None:
+        """The entry with its cache in buffers; None when the cache grows in another way than at its end."""
+        called = self._program.entries[entry]
+        assert called.cache is not None
+        signature = called.signature
+        graph = in_place(called.graph, called.cache, signature.input_names, signature.output_names)
+        if graph is None:
+            return None
+        return StaticCache(called, lambda given: execute(graph, self._program.weights, given), batch, length)
 
     def check(
         self, program: Program, inputs: Mapping[str, Sequence[Tensor]], reference: Mapping[str, Mapping[str, Tensor]]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from sparc.codegen.triton.regimes import Regime
 from sparc.codegen.triton.replay import GraphReplay
 from sparc.cost import Device
 from sparc.diag import ArtifactError, Diagnostics
+from sparc.generation.session import CachedRun
+from sparc.generation.static_cache import StaticCache, in_place
 from sparc.ledger import Ratio
 from sparc.program import Program
 from sparc.progress import track
@@ -126,6 +129,27 @@ class TritonEmission:
         self._diagnostics.remark(codes.INTERPRETED, "the artifact runs in Triton's interpreter", why=self._why())
         module = self._module(name, "cpu")
         return _flat(module)
+
+    def session(self, entry: str, batch: int, length: int, *, threads: int | None = None) -> CachedRun | None:
+        """The entry with its cache in buffers on the device; None when the cache grows in another way than at its end.
+
+        Where there is no such GPU, it runs in Triton's interpreter.
+        """
+        called, lowered = self._program.entries[entry], self.lowered[entry]
+        assert called.cache is not None
+        signature = called.signature
+        graph = in_place(lowered.graph, called.cache, signature.input_names, signature.output_names)
+        if graph is None:
+            return None
+        device = f"cuda:{torch.cuda.current_device()}" if self.native else "cpu"
+        module = module_of(replace(lowered, graph=graph), device)
+        run = torch.compile(module, dynamic=True) if self.native else module
+
+        def on_device(given: Sequence[Any]) -> list[Any]:
+            with torch.no_grad():
+                return [each.cpu() for each in run(*given)]
+
+        return StaticCache(called, on_device, batch, length, device)
 
     def _why(self) -> str:
         return f"no GPU of compute capability {self.device.capability / 10} is here"

