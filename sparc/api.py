@@ -48,6 +48,31 @@ class Plan:
     claims: tuple[frozenset[str], ...]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What compile is asked for, checked; made by `check_job`.
+
+    Args:
+        registry: everything registered.
+        recipe: the recipe.
+        target: the target.
+        target_name: as the user spelt it.
+        verify: `types`, `sample` or `full`.
+        options: options of the target.
+    """
+
+    registry: Registry
+    recipe: Recipe
+    target: Target
+    target_name: str
+    verify: str
+    options: Mapping[str, Any]
+
+    def context(self, diagnostics: Diagnostics) -> EmitContext:
+        """What the target may use while emitting."""
+        return EmitContext(diagnostics, self.options, self.registry.lowerings)
+
+
 def registry(diagnostics: Diagnostics | None = None) -> Registry:
     """Everything registered: sparc's own passes, encodings, recipes and targets, and those of installed extensions."""
     from sparc import codegen, passes
@@ -87,24 +112,55 @@ def compile(
         SparcError: a diagnostic with a stable code, what, where, why and what to do next; nothing is left behind.
     """
     diagnostics = Diagnostics()
+    job = check_job(recipe, target, verify, options, diagnostics)
+    captured = _capture(model, example_inputs, dynamic, diagnostics)
+    samples = make_samples(captured, example_inputs, data, diagnostics)
+    artifact, plain = compile_program(captured, samples, job, diagnostics)
+    if measure:
+        _measure(artifact, model, example_inputs, job, plain)
+    artifact.ledger.summary.metric = evidence.check_metric(metric, artifact)
+    return artifact
+
+
+def check_job(
+    recipe: RecipeLike, target: str, verify: str, options: Mapping[str, Any] | None, diagnostics: Diagnostics
+) -> Job:
+    """What compile is asked for, checked; the arguments are compile's.
+
+    Raises:
+        SparcError: SPARC201 to SPARC213, SPARC407 for something that does not exist or does not fit.
+    """
     known = registry(diagnostics)
     place, chosen = known.target(target.removesuffix(":cpu")), resolve_recipe(recipe, known)
     check_verify(verify)
     place.check_options(options or {})
-    captured = _capture(model, example_inputs, dynamic, diagnostics)
-    samples = make_samples(captured, example_inputs, data, diagnostics)
-    driver = Driver(captured, samples, diagnostics, verify=verify)
-    plain, baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])
-    context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
-    emission = place.emit(driver.program, context)
-    if verify != "types" and emission.native:
-        check_sites(baseline, driver.program, place, samples, context, every=verify == "full")
-    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml())
-    _gather_evidence(artifact, captured, baseline, samples, target)
-    if measure:
-        _measure(artifact, model, example_inputs, place, plain, context)
-    driver.ledger.summary.metric = evidence.check_metric(metric, artifact)
-    return artifact
+    return Job(known, chosen, place, target, verify, dict(options or {}))
+
+
+def compile_program(
+    captured: Program, samples: Samples, job: Job, diagnostics: Diagnostics
+) -> tuple[Artifact, Program]:
+    """Compress, check and lower a program; nothing is timed.
+
+    Args:
+        captured: the program; it is not changed.
+        samples: inputs for calibration and checks.
+        job: what to do.
+        diagnostics: gets warnings and remarks.
+
+    Returns:
+        The artifact, and the program before the first step that serves compression.
+    """
+    driver = Driver(captured, samples, diagnostics, verify=job.verify)
+    needed = [job.registry.pass_type(name)(**given) for name, given in job.target.legalizations]
+    plain, baseline = run_steps(driver, job.recipe, needed)
+    context = job.context(diagnostics)
+    emission = job.target.emit(driver.program, context)
+    if job.verify != "types" and emission.native:
+        check_sites(baseline, driver.program, job.target, samples, context, every=job.verify == "full")
+    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, job.recipe.to_toml())
+    _gather_evidence(artifact, captured, baseline, samples, job.target_name)
+    return artifact, plain
 
 
 def plan(
@@ -229,9 +285,8 @@ def _measure(
     artifact: Artifact,
     model: nn.Module | ExportedProgram,
     examples: Any,
-    place: Target,
+    job: Job,
     plain: Program,
-    context: EmitContext,
 ) -> None:
     entry = next(iter(artifact.program.entries))
     module = model if isinstance(model, nn.Module) else model.module()
@@ -240,7 +295,7 @@ def _measure(
     if isinstance(artifact.emission, Estimating) and not artifact.emission.native:
         artifact.ledger.summary.latencies = [artifact.emission.estimate(tensors, entry)]
         return
-    dense: Emission = place.emit(plain, EmitContext(Diagnostics(), context.options, context.lowerings))
+    dense: Emission = job.target.emit(plain, job.context(Diagnostics()))
     artifact.ledger.summary.latencies = evidence.latencies(
         artifact.emission.runner(entry, spin=False), dense.runner(entry, spin=False), module, named, tensors
     )

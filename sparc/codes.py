@@ -97,6 +97,20 @@ UNSUPPORTED_OPERATOR = Code(
     "supported yet.",
     "replace the named line with ordinary tensor operators",
 )
+NEEDS_GRADIENTS = Code(
+    "SPARC112",
+    "a fragment of torch.compile needs gradients",
+    "Compressed weights carry no gradients, so what is called with gradients on, on weights or inputs that ask for them, "
+    "runs in eager torch.",
+    "call the model under torch.no_grad() or torch.inference_mode(), or call model.requires_grad_(False)",
+)
+WEIGHTS_CHANGED = Code(
+    "SPARC113",
+    "the weights of a fragment of torch.compile change too often",
+    "A compressed copy is of the moment it was made. When a weight is replaced or written to, the fragment is compiled "
+    "again; after too many times it runs in eager torch.",
+    "compile the model when it is trained; torch.compiler.reset() starts anew",
+)
 
 # 2xx: passes and recipes --------------------------------------------------------------------------------------------
 UNKNOWN_NAME = Code(

@@ -1,0 +1,236 @@
+"""`torch.compile(model, backend="sparc")`: every fragment that TorchDynamo captures is compressed, or runs in eager torch
+and says why.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from sparc import codes, dynamo
+from sparc.analysis.sites import find_sites
+from sparc.api import RecipeLike, check_job, compile_program
+from sparc.artifact import Artifact
+from sparc.diag import CaptureError, Diagnostic, Diagnostics, PassError, Severity, SparcError, SparcWarning
+from sparc.options import unknown_option
+from sparc.program import Program
+from sparc.samples import make_samples
+from sparc.source import source_line
+from sparc.views import Results, address, owned, plan_results
+
+_MOST_COPIES = 64
+_OPTIONS = ("recipe", "target", "verify", "options", "fragments")
+
+
+@dataclass(eq=False)
+class Fragment:
+    """One piece of a model as dynamo captured it.
+
+    Args:
+        where: the first line of the user's code in it.
+        artifacts: what it was compiled to: one for each set of weights that it was called with.
+        diagnostics: why it runs in eager torch, if it does.
+    """
+
+    where: str
+    artifacts: list[Artifact] = field(default_factory=list)
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it has an artifact."""
+        return bool(self.artifacts)
+
+    def remark(self, diagnostic: Diagnostic) -> None:
+        """Say, once, why something runs in eager torch."""
+        if diagnostic not in self.diagnostics:
+            self.diagnostics.add(diagnostic)
+            said = f"a fragment of the model runs in eager torch\n  at:    {self.where}\n{diagnostic}"
+            warnings.warn(SparcWarning(said), stacklevel=2)
+
+
+class Backend:
+    """A backend of torch.compile with its options; `fragments` lists what was compiled and what was not.
+
+        backend = Backend(recipe="w8", target="onnx")
+        fast = torch.compile(model, backend=backend)
+        fast(x)
+        print(backend.fragments[0].artifacts[0].report)
+
+    The arguments are those of `sparc.compile`, but that `verify` is `types` by default: a model may be many fragments,
+    compiled while somebody waits, and every artifact's results are compared with the fragment's in any case.
+    """
+
+    def __init__(
+        self,
+        recipe: RecipeLike = "w8",
+        target: str = "onnx",
+        verify: str = "types",
+        options: Mapping[str, Any] | None = None,
+        fragments: list[Fragment] | None = None,
+    ) -> None:
+        """Check the options.
+
+        Args:
+            recipe: as in `sparc.compile`.
+            target: likewise.
+            verify: likewise.
+            options: options of the target.
+            fragments: gets a record of every fragment; a new list by default.
+
+        Raises:
+            SparcError: SPARC201 to SPARC213, SPARC407.
+        """
+        self.job = check_job(recipe, target, verify, options, Diagnostics())
+        self.fragments = fragments if fragments is not None else []
+
+    __name__ = "sparc"
+
+    def __call__(self, module: fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a fragment; torch.compile calls this.
+
+        Args:
+            module: the fragment.
+            values: its example inputs, weights among them.
+
+        Returns:
+            A function of the same inputs and results.
+        """
+        fragment = Fragment(_where(module))
+        self.fragments.append(fragment)
+        try:
+            _check_mode(module, values)
+            traced = dynamo.trace(module, values)
+            results = plan_results(traced.graph, traced.placeholders)
+            dynamo.carry_sizes(traced, results.computed)
+            run = _Compiled(self, fragment, module.forward, traced, results)
+            with dynamo.outside_of_dynamo():
+                return run if run.first(values) else module.forward
+        except SparcError as error:
+            fragment.remark(_as_remark(error))
+            return module.forward
+
+
+def compile_fragment(
+    module: fx.GraphModule, values: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend named `sparc`.
+
+    Args:
+        module: the fragment.
+        values: its example inputs.
+        options: those of `Backend`: `torch.compile(model, backend="sparc", options={"recipe": "w4"})`.
+
+    Raises:
+        SparcError: SPARC201 to SPARC213, SPARC407.
+    """
+    given = dict(options or {})
+    for name in given:
+        if name not in _OPTIONS:
+            raise unknown_option(name, _OPTIONS, "the backend sparc")
+    return Backend(**given)(module, values)
+
+
+class _Compiled:
+    """A compiled fragment. Weights are looked at on every call: compressed copies are of one state of theirs."""
+
+    def __init__(
+        self, backend: Backend, fragment: Fragment, eager: Callable[..., Any], traced: dynamo.Traced, results: Results
+    ) -> None:
+        self.job = backend.job
+        self.fragment = fragment
+        self.eager: Callable[..., Any] = eager
+        self.traced = traced
+        self.results = results
+        kinds = [argument.kind for argument in traced.arguments]
+        self.weights = [index for index, kind in enumerate(kinds) if kind == "weight"]
+        self.inputs = [index for index, kind in enumerate(kinds) if kind == "input"]
+        self.copies: dict[tuple[int, ...], _Copy] = {}
+        self.count = 0
+
+    def first(self, values: Sequence[Any]) -> bool:
+        """Compile for the weights of the example; False when there is nothing to compress."""
+        program = dynamo.program_of(self.traced, self.results.computed, values)
+        if not find_sites(program)[0]:
+            return False
+        self._compile(program, values)
+        return True
+
+    def __call__(self, *values: Any) -> Any:
+        weights = [values[index] for index in self.weights]
+        copy = self.copies.get(tuple(map(id, weights)))
+        try:
+            if copy is None or not copy.fits(weights):
+                copy = self._again(values)
+            inputs = [values[index] for index in self.inputs]
+            computed = copy.artifact.run_flat(inputs)
+        except SparcError as error:
+            self.fragment.remark(_as_remark(error))
+            return self.eager(*values)
+        taken = copy.addresses.union(map(address, inputs))
+        return self.results.finish(values, owned(computed, taken))
+
+    def _again(self, values: Sequence[Any]) -> "_Copy":
+        """Compile for other weights, or for new values of the same ones."""
+        if self.count >= _MOST_COPIES:
+            what = f"the weights changed {_MOST_COPIES} times since the fragment was compiled"
+            raise CaptureError(codes.WEIGHTS_CHANGED, what)
+        with dynamo.outside_of_dynamo():
+            return self._compile(dynamo.program_of(self.traced, self.results.computed, values), values)
+
+    def _compile(self, program: Program, values: Sequence[Any]) -> "_Copy":
+        self.count += 1
+        diagnostics = Diagnostics()
+        examples = tuple(values[index].detach().cpu() for index in self.inputs)
+        samples = make_samples(program, examples, None, diagnostics)
+        artifact, _ = compile_program(program, samples, self.job, diagnostics)
+        weights = [values[index] for index in self.weights]
+        copy = _Copy(artifact, weights)
+        key = tuple(map(id, weights))
+        if key in self.copies:
+            self.fragment.artifacts.remove(self.copies[key].artifact)
+        self.copies[key] = copy
+        self.fragment.artifacts.append(artifact)
+        return copy
+
+
+class _Copy:
+    """An artifact, and the state of the weights that it was made of."""
+
+    def __init__(self, artifact: Artifact, weights: Sequence[Tensor]) -> None:
+        self.artifact = artifact
+        self.states = [(weakref.ref(weight), weight.data_ptr(), _version(weight)) for weight in weights]
+        self.addresses = {address(tensor) for tensor in artifact.program.weights.values()}
+        self.addresses |= {address(each.tensor) for each in artifact.emission.stored}
+
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these are the weights, not written to since."""
+        return all(
+            known() is weight and weight.data_ptr() == pointer and _version(weight) == version
+            for (known, pointer, version), weight in zip(self.states, weights, strict=True)
+        )
+
+
+def _version(weight: Tensor) -> int:
+    """How often a tensor was written to; tensors made in inference mode do not count."""
+    return -1 if weight.is_inference() else weight._version
+
+
+def _check_mode(module: fx.GraphModule, values: Sequence[Any]) -> None:
+    if dynamo.needs_gradients(module):
+        raise CaptureError(codes.NEEDS_GRADIENTS, "the fragment's results need gradients")
+    if dynamo.autocast_on(values):
+        raise CaptureError(codes.UNSUPPORTED_OPERATOR, "autocast is not supported", why="it hides the casts")
+
+
+def _where(module: fx.GraphModule) -> str:
+    lines = (source_line(str(node.meta.get("stack_trace") or "")) for node in module.graph.nodes)
+    return next((line for line in lines if line), "")
+
+
+def _as_remark(error: SparcError) -> Diagnostic:
+    said = error.diagnostic
+    return Diagnostic(said.code, said.what, said.where, said.why, said.hint, Severity.WARNING)
