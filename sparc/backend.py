@@ -1,11 +1,11 @@
-"""`torch.compile(model, backend="sparc")`: every fragment that TorchDynamo captures is compressed, or runs in eager torch
-and says why.
+"""`torch.compile(model, backend="sparc")`: every fragment that TorchDynamo captures is compressed, or runs in eager
+torch and says why.
 """
 
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -14,7 +14,7 @@ from sparc import codes, dynamo
 from sparc.analysis.sites import find_sites
 from sparc.api import RecipeLike, check_job, compile_program
 from sparc.artifact import Artifact
-from sparc.diag import CaptureError, Diagnostic, Diagnostics, PassError, Severity, SparcError, SparcWarning
+from sparc.diag import CaptureError, Diagnostics, Severity, SparcError, SparcWarning
 from sparc.options import unknown_option
 from sparc.program import Program
 from sparc.samples import make_samples
@@ -44,8 +44,9 @@ class Fragment:
         """Whether it has an artifact."""
         return bool(self.artifacts)
 
-    def remark(self, diagnostic: Diagnostic) -> None:
+    def remark(self, error: SparcError) -> None:
         """Say, once, why something runs in eager torch."""
+        diagnostic = replace(error.diagnostic, severity=Severity.WARNING)
         if diagnostic not in self.diagnostics:
             self.diagnostics.add(diagnostic)
             said = f"a fragment of the model runs in eager torch\n  at:    {self.where}\n{diagnostic}"
@@ -84,10 +85,9 @@ class Backend:
         Raises:
             SparcError: SPARC201 to SPARC213, SPARC407.
         """
+        self.__name__ = "sparc"  # what torch.compile calls it
         self.job = check_job(recipe, target, verify, options, Diagnostics())
         self.fragments = fragments if fragments is not None else []
-
-    __name__ = "sparc"
 
     def __call__(self, module: fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
         """Compile a fragment; torch.compile calls this.
@@ -102,15 +102,15 @@ class Backend:
         fragment = Fragment(_where(module))
         self.fragments.append(fragment)
         try:
-            _check_mode(module, values)
-            traced = dynamo.trace(module, values)
-            results = plan_results(traced.graph, traced.placeholders)
-            dynamo.carry_sizes(traced, results.computed)
-            run = _Compiled(self, fragment, module.forward, traced, results)
+            _check_mode(module, values, target=self.job.target.name)
             with dynamo.outside_of_dynamo():
+                traced = dynamo.trace(module, values)
+                results = plan_results(traced.graph, traced.placeholders)
+                dynamo.carry_sizes(traced, results.computed)
+                run = _Compiled(self, fragment, module.forward, traced, results)
                 return run if run.first(values) else module.forward
         except SparcError as error:
-            fragment.remark(_as_remark(error))
+            fragment.remark(error)
             return module.forward
 
 
@@ -162,24 +162,31 @@ class _Compiled:
     def __call__(self, *values: Any) -> Any:
         weights = [values[index] for index in self.weights]
         copy = self.copies.get(tuple(map(id, weights)))
+        if copy is None or not copy.fits(weights):
+            copy = self._again(weights, values)
+        if copy.artifact is None:
+            return self.eager(*values)
+        inputs = [values[index] for index in self.inputs]
         try:
-            if copy is None or not copy.fits(weights):
-                copy = self._again(values)
-            inputs = [values[index] for index in self.inputs]
             computed = copy.artifact.run_flat(inputs)
         except SparcError as error:
-            self.fragment.remark(_as_remark(error))
+            self.fragment.remark(error)
             return self.eager(*values)
         taken = copy.addresses.union(map(address, inputs))
         return self.results.finish(values, owned(computed, taken))
 
-    def _again(self, values: Sequence[Any]) -> "_Copy":
-        """Compile for other weights, or for new values of the same ones."""
-        if self.count >= _MOST_COPIES:
-            what = f"the weights changed {_MOST_COPIES} times since the fragment was compiled"
-            raise CaptureError(codes.WEIGHTS_CHANGED, what)
-        with dynamo.outside_of_dynamo():
-            return self._compile(dynamo.program_of(self.traced, self.results.computed, values), values)
+    def _again(self, weights: Sequence[Tensor], values: Sequence[Any]) -> "_Copy":
+        """Compile for other weights, or for new values of the same ones; where that fails, they stay with eager torch
+        until they change.
+        """
+        try:
+            if self.count >= _MOST_COPIES:
+                raise CaptureError(codes.WEIGHTS_CHANGED, f"the weights of the fragment changed {self.count} times")
+            with dynamo.outside_of_dynamo():
+                return self._compile(dynamo.program_of(self.traced, self.results.computed, values), values)
+        except SparcError as error:
+            self.fragment.remark(error)
+            return self._keep(weights, None)
 
     def _compile(self, program: Program, values: Sequence[Any]) -> "_Copy":
         self.count += 1
@@ -187,24 +194,32 @@ class _Compiled:
         examples = tuple(values[index].detach().cpu() for index in self.inputs)
         samples = make_samples(program, examples, None, diagnostics)
         artifact, _ = compile_program(program, samples, self.job, diagnostics)
-        weights = [values[index] for index in self.weights]
-        copy = _Copy(artifact, weights)
+        return self._keep([values[index] for index in self.weights], artifact)
+
+    def _keep(self, weights: Sequence[Tensor], artifact: Artifact | None) -> "_Copy":
+        """Remember what was compiled for these weights, and forget what was compiled for weights that are gone."""
         key = tuple(map(id, weights))
-        if key in self.copies:
-            self.fragment.artifacts.remove(self.copies[key].artifact)
-        self.copies[key] = copy
-        self.fragment.artifacts.append(artifact)
-        return copy
+        self.copies = {known: copy for known, copy in self.copies.items() if known != key and copy.alive}
+        self.copies[key] = _Copy(artifact, weights)
+        self.fragment.artifacts[:] = [copy.artifact for copy in self.copies.values() if copy.artifact is not None]
+        return self.copies[key]
 
 
 class _Copy:
-    """An artifact, and the state of the weights that it was made of."""
+    """What was compiled for weights (None: nothing), and the state they were in."""
 
-    def __init__(self, artifact: Artifact, weights: Sequence[Tensor]) -> None:
+    def __init__(self, artifact: Artifact | None, weights: Sequence[Tensor]) -> None:
         self.artifact = artifact
         self.states = [(weakref.ref(weight), weight.data_ptr(), _version(weight)) for weight in weights]
-        self.addresses = {address(tensor) for tensor in artifact.program.weights.values()}
-        self.addresses |= {address(each.tensor) for each in artifact.emission.stored}
+        self.addresses: set[int] = set()
+        if artifact is not None:
+            own = (*artifact.program.weights.values(), *(each.tensor for each in artifact.emission.stored))
+            self.addresses = set(map(address, own))
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody still holds the weights."""
+        return all(known() is not None for known, _, _ in self.states)
 
     def fits(self, weights: Sequence[Tensor]) -> bool:
         """Whether these are the weights, not written to since."""
@@ -219,18 +234,17 @@ def _version(weight: Tensor) -> int:
     return -1 if weight.is_inference() else weight._version
 
 
-def _check_mode(module: fx.GraphModule, values: Sequence[Any]) -> None:
+def _check_mode(module: fx.GraphModule, values: Sequence[Any], target: str) -> None:
     if dynamo.needs_gradients(module):
         raise CaptureError(codes.NEEDS_GRADIENTS, "the fragment's results need gradients")
     if dynamo.autocast_on(values):
         raise CaptureError(codes.UNSUPPORTED_OPERATOR, "autocast is not supported", why="it hides the casts")
+    devices = {value.device.type for value in values if isinstance(value, Tensor)}
+    if devices - {"cpu"} and not (devices == {"cuda"} and target.startswith("cuda")):
+        what = f"the fragment runs on {' and '.join(sorted(devices))}, and the target is {target}"
+        raise CaptureError(codes.UNSUPPORTED_OPERATOR, what, hint='compile with the target "cuda" for a GPU')
 
 
 def _where(module: fx.GraphModule) -> str:
     lines = (source_line(str(node.meta.get("stack_trace") or "")) for node in module.graph.nodes)
     return next((line for line in lines if line), "")
-
-
-def _as_remark(error: SparcError) -> Diagnostic:
-    said = error.diagnostic
-    return Diagnostic(said.code, said.what, said.where, said.why, said.hint, Severity.WARNING)

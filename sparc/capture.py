@@ -130,15 +130,22 @@ def _check_weights(model: nn.Module) -> None:
             raise CaptureError(
                 codes.UNSUPPORTED_OPERATOR, f"weight {name!r} is on device {parameter.device}", hint="call model.cpu()"
             )
-        if not bool(torch.isfinite(parameter).all()):
-            raise CaptureError(
-                codes.BAD_WEIGHT, f"weight {name!r} contains NaN or Inf", where=Location(name.rpartition(".")[0])
-            )
+        check_weight(name, parameter, trainable=True)
     for name, buffer in model.named_buffers():
-        if bool(torch.isnan(buffer).any()):
-            raise CaptureError(
-                codes.BAD_WEIGHT, f"buffer {name!r} contains NaN", where=Location(name.rpartition(".")[0])
-            )
+        check_weight(name, buffer, trainable=False)
+
+
+def check_weight(name: str, tensor: Tensor, *, trainable: bool) -> None:
+    """Parameters are finite, and buffers hold no NaN.
+
+    Raises:
+        CaptureError: SPARC106.
+    """
+    wrong = ~tensor.isfinite() if trainable else tensor.isnan()
+    if bool(wrong.any()):
+        kind, found = ("weight", "NaN or Inf") if trainable else ("buffer", "NaN")
+        where = Location(name.rpartition(".")[0])
+        raise CaptureError(codes.BAD_WEIGHT, f"{kind} {name!r} contains {found}", where=where)
 
 
 def _call_eagerly(model: nn.Module, named: Mapping[str, Any]) -> Any:

@@ -8,14 +8,14 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import tracing
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from sparc import codes
-from sparc.capture import refusal, to_program
+from sparc.capture import check_weight, refusal, to_program
 from sparc.diag import CaptureError
 from sparc.functional import functionalize
 from sparc.program import Program
@@ -139,13 +139,13 @@ def arguments_of(module: fx.GraphModule, values: Sequence[Any]) -> list[Argument
     taken: set[str] = set()
     for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):
         name = _free_name(user_name(source_text(node)) or node.name, node.name, taken)
-        taken.add(name)
-        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        taken |= {name, re.sub(r"\W", "_", name)}
+        if isinstance(value, torch.SymInt):
             found.append(Argument("size", name))
         elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
             trainable = isinstance(value, nn.Parameter)
             owned = trainable or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
-            found.append(Argument("weight" if owned else "input", name, trainable))
+            found.append(Argument("weight", name, trainable) if owned else Argument("input", re.sub(r"\W", "_", name)))
         else:
             kind = type(value).__name__
             raise CaptureError(codes.UNSUPPORTED_OPERATOR, f"input {name!r} of the fragment is a {kind}")
@@ -168,7 +168,7 @@ def _results(module: fx.GraphModule) -> tuple[Any, ...]:
 
 # tracing --------------------------------------------------------------------------------------------------------------
 def trace(module: fx.GraphModule, values: Sequence[Any]) -> Traced:
-    """The fragment as a pure graph; called while dynamo compiles it.
+    """The fragment as a pure graph; called while dynamo compiles it, in `outside_of_dynamo`.
 
     Args:
         module: the fragment.
@@ -185,17 +185,17 @@ def trace(module: fx.GraphModule, values: Sequence[Any]) -> Traced:
         raise CaptureError(codes.INPUTS_MISSING, "the fragment has no tensor inputs")
     _check_modules(module)
     try:
-        with warnings.catch_warnings(), mode, enable_python_dispatcher(), torch.no_grad(), preserve_node_meta():
+        with warnings.catch_warnings(), mode, enable_python_dispatcher(), preserve_node_meta():
             warnings.simplefilter("ignore")
             stand_ins = [_stand_in(value) for value in examples]
             owner = make_fx(_Reader(module).run, pre_dispatch=True)(*stand_ins)
+        traced = Traced(owner.graph, owner, arguments, {})
+        _lift_constants(traced, mode)
+        functionalize(traced)
     except CaptureError:
         raise
     except Exception as error:  # torch raises whatever an operator raises under tracing
         raise refusal(error, "tracing the fragment") from None
-    traced = Traced(owner.graph, owner, arguments, {})
-    _lift_constants(traced)
-    functionalize(traced)
     _check_nodes(traced)
     return traced
 
@@ -251,8 +251,11 @@ def _attribute(owner: nn.Module, node: fx.Node) -> Any:
     return getattr(owner.get_submodule(path), name)
 
 
-def _lift_constants(traced: Traced) -> None:
-    """Turn the tensors that tracing kept as attributes into placeholders behind the arguments."""
+def _lift_constants(traced: Traced, mode: FakeTensorMode) -> None:
+    """Turn the tensors that tracing kept as attributes into placeholders behind the arguments.
+
+    What is computed from them alone was traced on real tensors, and is typed anew.
+    """
     anchor = next(node for node in traced.graph.nodes if node.op != "placeholder")
     by_name: dict[str, fx.Node] = {}
     for node in list(traced.graph.find_nodes(op="get_attr")):
@@ -263,9 +266,15 @@ def _lift_constants(traced: Traced) -> None:
                 traced.constants[name] = value.detach().cpu()
                 with traced.graph.inserting_before(anchor):
                     by_name[name] = traced.graph.placeholder(node.name)
-                by_name[name].meta = dict(node.meta)
+                by_name[name].meta = {**node.meta, "val": mode.from_tensor(traced.constants[name], static_shapes=True)}
             node.replace_all_uses_with(by_name[name])
             traced.graph.erase_node(node)
+    for node in traced.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, FakeTensor) and value.fake_mode is not mode:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
+            with mode:
+                node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _check_nodes(traced: Traced) -> None:
@@ -288,7 +297,7 @@ def program_of(traced: Traced, results: Sequence[fx.Node], values: Sequence[Any]
         values: the fragment's inputs; the weights among them are the program's.
 
     Raises:
-        CaptureError: SPARC105, SPARC111.
+        CaptureError: SPARC105, SPARC106, SPARC111.
     """
     nodes = traced.placeholders
     kept = [node for node in traced.graph.find_nodes(op="placeholder") if _is_tensor(node)]
@@ -298,6 +307,7 @@ def program_of(traced: Traced, results: Sequence[fx.Node], values: Sequence[Any]
     for node, argument, value in zip(nodes, traced.arguments, values, strict=True):
         if argument.kind == "weight":
             weights[argument.name] = value.detach().cpu()
+            check_weight(argument.name, weights[argument.name], trainable=argument.trainable)
         elif argument.kind == "input":
             inputs.append(argument.name)
         if argument.kind != "size":
@@ -316,7 +326,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _signature(inputs: Sequence[str], results: int) -> Signature:
-    names = tuple(name.replace(".", "_") for name in inputs)
+    names = tuple(inputs)
     output = Structure("tuple", (), tuple(Structure() for _ in range(results)))
     leaves = tuple(Leaf(name) for name in names)
     return Signature(names, tuple(Structure() for _ in names), leaves, output, (), names)
