@@ -4,7 +4,7 @@ from sparc.api import coalesce, compile, decoalesce, deepen, interpolate, load, 
 from sparc.artifact import Artifact
 from sparc.capture import capture, capture_entries
 from sparc.contract import Approximate, Bounded, Exact
-from sparc.diag import Diagnostics, SparcError
+from sparc.diag import Diagnostics, SparcError, SparcWarning
 from sparc.pass_base import Pass, PassContext, Stage
 from sparc.program import Program
 from sparc.recipe import Recipe, Step
@@ -25,6 +25,7 @@ __all__ = [
     "Recipe",
     "Skip",
     "SparcError",
+    "SparcWarning",
     "Stage",
     "Step",
     "capture",

@@ -99,7 +99,7 @@ NEEDS_GRADIENTS = Code(
 WEIGHTS_CHANGED = Code(
     "SPARC113",
     "the weights of a fragment of torch.compile change too often",
-    "A weight that is written to or replaced is compressed anew; after too many times the fragment runs in eager torch.",
+    "A weight that is written to or replaced is compressed anew; after too many times the fragment runs eagerly.",
     "compile the model when it is trained; torch.compiler.reset() starts anew",
 )
 
