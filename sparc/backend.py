@@ -19,6 +19,7 @@ from sparc.options import unknown_option
 from sparc.program import Program
 from sparc.samples import make_samples
 from sparc.source import source_line
+from sparc.traced import Traced, carry_sizes, program_of
 from sparc.views import Results, address, owned, plan_results
 
 _MOST_COPIES = 64
@@ -102,11 +103,11 @@ class Backend:
         fragment = Fragment(_where(module))
         self.fragments.append(fragment)
         try:
-            _check_mode(module, values, target=self.job.target.name)
+            _check_mode(module, self.job.target.name)
             with dynamo.outside_of_dynamo():
                 traced = dynamo.trace(module, values)
                 results = plan_results(traced.graph, traced.placeholders)
-                dynamo.carry_sizes(traced, results.computed)
+                carry_sizes(traced, results.computed)
                 run = _Compiled(self, fragment, module.forward, traced, results)
                 return run if run.first(values) else module.forward
         except SparcError as error:
@@ -138,7 +139,7 @@ class _Compiled:
     """A compiled fragment. Weights are looked at on every call: compressed copies are of one state of theirs."""
 
     def __init__(
-        self, backend: Backend, fragment: Fragment, eager: Callable[..., Any], traced: dynamo.Traced, results: Results
+        self, backend: Backend, fragment: Fragment, eager: Callable[..., Any], traced: Traced, results: Results
     ) -> None:
         self.job = backend.job
         self.fragment = fragment
@@ -153,7 +154,7 @@ class _Compiled:
 
     def first(self, values: Sequence[Any]) -> bool:
         """Compile for the weights of the example; False when there is nothing to compress."""
-        program = dynamo.program_of(self.traced, self.results.computed, values)
+        program = program_of(self.traced, self.results.computed, values)
         if not find_sites(program)[0]:
             return False
         self._compile(program, values)
@@ -183,7 +184,7 @@ class _Compiled:
             if self.count >= _MOST_COPIES:
                 raise CaptureError(codes.WEIGHTS_CHANGED, f"the weights of the fragment changed {self.count} times")
             with dynamo.outside_of_dynamo():
-                return self._compile(dynamo.program_of(self.traced, self.results.computed, values), values)
+                return self._compile(program_of(self.traced, self.results.computed, values), values)
         except SparcError as error:
             self.fragment.remark(error)
             return self._keep(weights, None)
@@ -234,12 +235,12 @@ def _version(weight: Tensor) -> int:
     return -1 if weight.is_inference() else weight._version
 
 
-def _check_mode(module: fx.GraphModule, values: Sequence[Any], target: str) -> None:
+def _check_mode(module: fx.GraphModule, target: str) -> None:
+    devices = dynamo.devices(module)
     if dynamo.needs_gradients(module):
         raise CaptureError(codes.NEEDS_GRADIENTS, "the fragment's results need gradients")
-    if dynamo.autocast_on(values):
+    if dynamo.autocast_on(devices):
         raise CaptureError(codes.UNSUPPORTED_OPERATOR, "autocast is not supported", why="it hides the casts")
-    devices = {value.device.type for value in values if isinstance(value, Tensor)}
     if devices - {"cpu"} and not (devices == {"cuda"} and target.startswith("cuda")):
         what = f"the fragment runs on {' and '.join(sorted(devices))}, and the target is {target}"
         raise CaptureError(codes.UNSUPPORTED_OPERATOR, what, hint='compile with the target "cuda" for a GPU')

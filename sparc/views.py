@@ -54,7 +54,7 @@ def plan_results(graph: fx.Graph, arguments: Sequence[fx.Node]) -> Results:
     assert isinstance(results, (tuple, list))
     nodes = {node for node in results if isinstance(node, fx.Node)}
     owners = Counter(memory_of(node.meta["val"]) for node in nodes)
-    given = {memory_of(node.meta["val"]) for node in arguments} - {None}
+    given = {memory_of(node.meta.get("val")) for node in arguments} - {None}
     computed: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node, view: bool) -> None:
