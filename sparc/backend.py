@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from sparc import codes, dynamo
@@ -241,9 +242,10 @@ def _check_mode(module: fx.GraphModule, target: str) -> None:
         raise CaptureError(codes.NEEDS_GRADIENTS, "the fragment's results need gradients")
     if dynamo.autocast_on(devices):
         raise CaptureError(codes.UNSUPPORTED_OPERATOR, "autocast is not supported", why="it hides the casts")
-    if devices - {"cpu"} and not (devices == {"cuda"} and target.startswith("cuda")):
-        what = f"the fragment runs on {' and '.join(sorted(devices))}, and the target is {target}"
-        raise CaptureError(codes.UNSUPPORTED_OPERATOR, what, hint='compile with the target "cuda" for a GPU')
+    place = "cuda" if target.startswith("cuda") and torch.cuda.is_available() else "cpu"
+    if devices - {place}:
+        what = f"the fragment is on {' and '.join(sorted(devices))}, and the target {target} on {place}"
+        raise CaptureError(codes.UNSUPPORTED_OPERATOR, what, hint="move the model, or choose another target")
 
 
 def _where(module: fx.GraphModule) -> str:

@@ -1,104 +1,18 @@
-"""torch.compile with the backend sparc: parity, what falls back and why, weights that change, generation."""
-
-import tomllib
-from collections import Counter
-from importlib import import_module
-from pathlib import Path
+"""torch.compile with the backend sparc: parity, graph breaks, sizes, results, generation."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from sparc import SparcError, SparcWarning
-from sparc.backend import Backend, compile_fragment
-from sparc.dynamo import user_name
-
-ROOT = Path(__file__).parent.parent
+from sparc import SparcWarning
+from sparc.backend import Backend
+from tests.backends import MODELS, Mlp, Transformer, Views, compiled, fresh_dynamo, signal
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Nothing compiled before, the same weights every time, no gradients."""
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
+    with fresh_dynamo():
         yield
-    torch.compiler.reset()
-
-
-class Mlp(nn.Module):
-    def __init__(self, width=32):
-        super().__init__()
-        self.up = nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
-
-
-class Block(nn.Module):
-    """A small transformer layer with a causal mask."""
-
-    def __init__(self, width=32, heads=4):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.mlp = Mlp(width)
-
-    def forward(self, x):
-        b, t, c = x.shape
-        q, k, v = (each.view(b, t, self.heads, -1).transpose(1, 2) for each in self.qkv(self.norm(x)).split(c, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(b, t, c))
-        return x + self.mlp(x)
-
-
-class Transformer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(50, 32)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(32, 50, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def conv_net():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(8, 5),
-    )  # fmt: skip
-
-
-MODELS = {
-    "mlp": (Mlp, lambda: (torch.randn(4, 32),)),
-    "conv": (conv_net, lambda: (torch.randn(2, 3, 8, 8),)),
-    "transformer": (Transformer, lambda: (torch.randint(0, 50, (2, 6)),)),
-}
-
-
-def compiled(model, *, recipe="dense", target="reference", **options):
-    """The compiled model and its backend."""
-    backend = Backend(recipe=recipe, target=target)
-    return torch.compile(model, backend=backend, **options), backend
-
-
-def signal(expected, actual):
-    """Signal to noise in dB."""
-    return float(10 * torch.log10(expected.square().sum() / (expected - actual).square().sum()))
-
-
-def reasons(backend):
-    return [diagnostic.code.id for fragment in backend.fragments for diagnostic in fragment.diagnostics]
 
 
 # parity ---------------------------------------------------------------------------------------------------------------
@@ -142,10 +56,6 @@ def test_half_precision(dtype, recipe, target):
     assert y.dtype == dtype
     assert signal(model(x).float(), y.float()) > 25
     assert backend.fragments[0].compiled
-
-
-def test_a_type_that_the_runtime_lacks():
-    assert refused(Mlp().eval().bfloat16(), torch.randn(4, 32).bfloat16(), recipe="w8", target="onnx") == ["SPARC404"]
 
 
 def test_inference_mode():
@@ -232,14 +142,6 @@ def test_sizes_declared_dynamic_compile_once(target):
 
 
 # inputs and results ---------------------------------------------------------------------------------------------------
-class Views(Mlp):
-    """Results of every kind."""
-
-    def forward(self, x, factor=2, flag=True, shift=0.5):
-        y = super().forward(x) * factor + (shift if flag else 0)
-        return y, y.view(-1), x.t(), None, x, x.shape[0] * factor, y.t().exp(), y.sum(0), (y[:, :3], "text")
-
-
 @pytest.mark.parametrize("target", ["reference", "onnx"])
 def test_results_of_every_kind(target):
     model = Views().eval()
@@ -322,212 +224,6 @@ def test_pieces_and_writes_to_what_was_computed(target):
         assert actual[0].untyped_storage().data_ptr() == actual[1].untyped_storage().data_ptr()
         assert actual[4].data_ptr() == model.up.weight.data_ptr()
     assert all(fragment.compiled for fragment in backend.fragments)
-
-
-# eager torch, with a reason -------------------------------------------------------------------------------------------
-class Cached(Mlp):
-    def forward(self, x, cache):
-        cache[: x.shape[0]] = x
-        return super().forward(x) + cache.sum()
-
-
-class Dropped(Mlp):
-    def forward(self, x):
-        return F.dropout(super().forward(x), training=True)
-
-
-def refused(model, *inputs, **options):
-    """The codes of what a compiled model fell back for; it computes what the model computes."""
-    fast, backend = compiled(model, **options)
-    given = [each.clone() for each in inputs]
-    torch.manual_seed(1)
-    with pytest.warns(SparcWarning) as said:
-        actual = fast(*inputs)
-    torch.manual_seed(1)
-    torch.testing.assert_close(actual, model(*given), equal_nan=True)
-    torch.testing.assert_close(inputs, tuple(given))
-    assert not any(fragment.compiled for fragment in backend.fragments)
-    assert all("runs in eager torch" in str(each.message) for each in said)
-    fast(*inputs)
-    return reasons(backend)
-
-
-def test_a_fragment_that_writes_to_its_input():
-    assert refused(Cached().eval(), torch.randn(4, 32), torch.zeros(8, 32)) == ["SPARC105"]
-
-
-def test_a_fragment_that_draws_random_numbers():
-    assert refused(Dropped().eval(), torch.randn(4, 32)) == ["SPARC111"]
-
-
-def test_a_norm_in_training():
-    class Trained(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
-            self.norm.num_batches_tracked = None
-
-        def forward(self, x):
-            return self.norm(self.fc(x))
-
-    model, x = Trained().train(), torch.randn(4, 8)
-    fast, backend = compiled(model)
-    with pytest.warns(SparcWarning, match="statistics"):
-        fast(x)
-    assert reasons(backend) == ["SPARC105"]
-    assert not torch.equal(model.norm.running_mean, torch.zeros(8))
-
-
-def test_training_keeps_its_gradients():
-    model, x = Mlp(), torch.randn(4, 32)
-    fast, backend = compiled(model)
-    with torch.enable_grad(), pytest.warns(SparcWarning, match=r"SPARC112[\s\S]*no_grad"):
-        fast(x).sum().backward()
-    assert model.up.weight.grad is not None
-    assert reasons(backend) == ["SPARC112"]
-    torch.testing.assert_close(fast(x), model(x))
-    assert [fragment.compiled for fragment in backend.fragments] == [False, True]
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_autocast(inside):
-    class Cast(Mlp):
-        def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return super().forward(x)
-
-    model, x = (Cast() if inside else Mlp()).eval(), torch.randn(4, 32)
-    fast, backend = compiled(model)
-    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
-        with pytest.warns(SparcWarning, match="autocast"):
-            y = fast(x)
-        assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(y, model(x))
-    assert reasons(backend) == ["SPARC111"]
-
-
-def test_a_size_that_is_read_from_a_tensor():
-    class Counted(Mlp):
-        def forward(self, x):
-            return super().forward(x).nonzero()
-
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        assert refused(Counted().eval(), torch.randn(4, 32)) == ["SPARC111"]
-
-
-def test_a_number_that_is_read_from_a_tensor():
-    class Read(Mlp):
-        def forward(self, x):
-            return super().forward(x) * x.sum().item()
-
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        assert refused(Read().eval(), torch.randn(4, 32)) == ["SPARC111"]
-
-
-def test_control_flow():
-    class Checkpointed(Mlp):
-        def forward(self, x):
-            return checkpoint(super().forward, x, use_reentrant=False)
-
-    assert refused(Checkpointed().eval(), torch.randn(4, 32)) == ["SPARC111"]
-
-
-def test_a_weight_that_is_not_finite():
-    model = Mlp().eval()
-    model.up.weight[0, 0] = torch.inf
-    assert refused(model, torch.randn(4, 32)) == ["SPARC106"]
-
-
-def test_a_fragment_without_weights_runs_as_it_is():
-    fast, backend = compiled(lambda x: x.sin() + 1)
-    x = torch.randn(3)
-    assert torch.equal(fast(x), x.sin() + 1)
-    assert [(fragment.compiled, len(fragment.diagnostics)) for fragment in backend.fragments] == [(False, 0)]
-
-
-# weights that change --------------------------------------------------------------------------------------------------
-def scale(model):
-    model.up.weight.mul_(2)
-
-
-def load(model):
-    model.load_state_dict(Mlp().state_dict())
-
-
-def swap(model):
-    model.up.weight.data = torch.randn(64, 32)
-
-
-def replace(model):
-    model.up = nn.Linear(32, 64)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("change", [scale, load, swap, replace])
-def test_changed_weights_are_compressed_anew(change, dynamic):
-    model, x = Mlp().eval(), torch.randn(4, 32)
-    fast, backend = compiled(model, dynamic=dynamic)
-    before = fast(x)
-    change(model)
-    after = fast(x)
-    torch.testing.assert_close(after, model(x))
-    assert not torch.allclose(before, after)
-    artifacts = [artifact for fragment in backend.fragments for artifact in fragment.artifacts]
-    fast(x)
-    assert artifacts == [artifact for fragment in backend.fragments for artifact in fragment.artifacts]
-
-
-def test_weights_that_always_change_end_in_eager_torch(monkeypatch):
-    monkeypatch.setattr("sparc.backend._MOST_COPIES", 2)
-    model, x = Mlp().eval(), torch.randn(4, 32)
-    fast, _ = compiled(model)
-    fast(x)
-    scale(model)
-    fast(x)
-    scale(model)
-    with pytest.warns(SparcWarning, match="SPARC113"):
-        y = fast(x)
-    torch.testing.assert_close(y, model(x))
-
-
-# options and registration ---------------------------------------------------------------------------------------------
-def test_the_entry_point_is_the_backend():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    module, _, name = project["entry-points"]["torch_dynamo_backends"]["sparc"].partition(":")
-    assert getattr(import_module(module), name) is compile_fragment
-
-
-def test_options_come_with_torch_compile():
-    model, x, found = Mlp().eval(), torch.randn(4, 32), []
-    options = {"recipe": "w4", "target": "reference", "verify": "sample", "fragments": found}
-    fast = torch.compile(model, backend=compile_fragment, options=options)
-    assert signal(model(x), fast(x)) > 10
-    encodings = Counter(row.encoding for row in found[0].artifacts[0].ledger.sites)
-    assert any("bits=4" in encoding for encoding in encodings)
-    assert "2 of 2 weights compressed" in str(found[0].artifacts[0].report)
-
-
-@pytest.mark.parametrize(
-    ("options", "code"),
-    [({"recipes": "w8"}, "SPARC209"), ({"recipe": "w9"}, "SPARC201"), ({"target": "tpu"}, "SPARC201"),
-     ({"verify": "never"}, "SPARC209"), ({"options": {"opset": 3}}, "SPARC407")],
-)  # fmt: skip
-def test_wrong_options_are_errors(options, code):
-    fast = torch.compile(Mlp().eval(), backend=compile_fragment, options=options)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as raised:
-        fast(torch.randn(4, 32))
-    assert isinstance(raised.value.inner_exception, SparcError)
-    assert raised.value.inner_exception.code == code
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [("L['self']._modules['fc']._parameters['weight']", "fc.weight"), ("L['x']", "x"), ("L['self'].k", "k"),
-     ("L['kwargs']['mask']", "mask"), ("G['model']._modules['0']._buffers['mean']", "0.mean"),
-     ("L['past'].layers[0].keys", "layers.0.keys")],
-)  # fmt: skip
-def test_names_are_the_users(source, name):
-    assert user_name(source) == name
 
 
 # generation -----------------------------------------------------------------------------------------------------------
