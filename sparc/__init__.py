@@ -2,6 +2,7 @@
 
 from sparc.api import coalesce, compile, decoalesce, deepen, interpolate, load, plan, widen
 from sparc.artifact import Artifact
+from sparc.backend import Backend
 from sparc.capture import capture, capture_entries
 from sparc.contract import Approximate, Bounded, Exact
 from sparc.diag import Diagnostics, SparcError, SparcWarning
@@ -14,6 +15,7 @@ from sparc.rewrite import Match, Skip, rewrite
 __all__ = [
     "Approximate",
     "Artifact",
+    "Backend",
     "Bounded",
     "Diagnostics",
     "Exact",
