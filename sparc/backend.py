@@ -51,7 +51,8 @@ class Fragment:
         diagnostic = replace(error.diagnostic, severity=Severity.WARNING)
         if diagnostic not in self.diagnostics:
             self.diagnostics.add(diagnostic)
-            said = f"a fragment of the model runs in eager torch\n  at:    {self.where}\n{diagnostic}"
+            where = f" ({self.where})" if self.where else ""
+            said = f"a fragment of the model{where} runs in eager torch\n{diagnostic}"
             warnings.warn(SparcWarning(said), stacklevel=2)
 
 
@@ -239,7 +240,8 @@ def _version(weight: Tensor) -> int:
 def _check_mode(module: fx.GraphModule, target: str) -> None:
     devices = dynamo.devices(module)
     if dynamo.needs_gradients(module):
-        raise CaptureError(codes.NEEDS_GRADIENTS, "the fragment's results need gradients")
+        why = "compressed weights carry none"
+        raise CaptureError(codes.NEEDS_GRADIENTS, "the fragment's results need gradients", why=why)
     if dynamo.autocast_on(devices):
         raise CaptureError(codes.UNSUPPORTED_OPERATOR, "autocast is not supported", why="it hides the casts")
     place = "cuda" if target.startswith("cuda") and torch.cuda.is_available() else "cpu"

@@ -208,14 +208,13 @@ def _stand_ins(examples: Sequence[Any]) -> list[Any]:
     """
     tensors = [value for value in examples if isinstance(value, Tensor)]
     sizes = {size.node.expr for value in tensors for size in value.shape if isinstance(size, torch.SymInt)}
-    return [
-        torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cpu")
-        if isinstance(value, Tensor)
-        else value
-        if value.node.expr in sizes
-        else int(value)
-        for value in examples
-    ]
+    found: list[Any] = []
+    for value in examples:
+        if isinstance(value, Tensor):
+            found.append(torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cpu"))
+        else:
+            found.append(value if value.node.expr in sizes else int(value))
+    return found
 
 
 def _check_modules(module: fx.GraphModule) -> None:
@@ -245,8 +244,6 @@ def _lift_constants(traced: Traced, mode: FakeTensorMode) -> None:
                 by_name[name].meta = {**node.meta, "val": mode.from_tensor(traced.constants[name], static_shapes=True)}
             node.replace_all_uses_with(by_name[name])
             traced.graph.erase_node(node)
-    if by_name:  # what is computed from constants alone was traced on real tensors
-        _retype(traced.graph, mode)
 
 
 def _retype(graph: fx.Graph, mode: FakeTensorMode) -> None:

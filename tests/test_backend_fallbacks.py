@@ -155,12 +155,12 @@ def replace(model):
 @pytest.mark.parametrize("change", [scale, load, swap, replace])
 def test_changed_weights_are_compressed_anew(change, dynamic):
     model, x = Mlp().eval(), torch.randn(4, 32)
-    fast, backend = compiled(model, dynamic=dynamic)
+    fast, backend = compiled(model, recipe="w8", dynamic=dynamic)
     before = fast(x)
     change(model)
     after = fast(x)
-    torch.testing.assert_close(after, model(x))
-    assert not torch.allclose(before, after)
+    assert signal(model(x), after) > 30
+    assert signal(before, after) < 10
     artifacts = [artifact for fragment in backend.fragments for artifact in fragment.artifacts]
     fast(x)
     assert artifacts == [artifact for fragment in backend.fragments for artifact in fragment.artifacts]
