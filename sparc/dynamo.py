@@ -206,8 +206,8 @@ def _stand_ins(examples: Sequence[Any]) -> list[Any]:
     """For tensors, types of their own on the CPU with the same sizes and strides. Integers that are no tensor's size
     become constants, which dynamo guards.
     """
-    tensors = [value for value in examples if isinstance(value, Tensor)]
-    sizes = {size.node.expr for value in tensors for size in value.shape if isinstance(size, torch.SymInt)}
+    shapes: list[Any] = [value.shape for value in examples if isinstance(value, Tensor)]
+    sizes = {size.node.expr for shape in shapes for size in shape if isinstance(size, torch.SymInt)}
     found: list[Any] = []
     for value in examples:
         if isinstance(value, Tensor):
