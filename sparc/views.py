@@ -25,12 +25,14 @@ class Results:
     Args:
         computed: the nodes that a program computes.
         orders: for each of those, its axes from the longest stride to the shortest.
-        rest: from the fragment's arguments and the computed values, in this order, to all results.
+        rest: from arguments of the fragment and computed values to all results.
+        needed: which of the arguments and, counted on, the computed values `rest` takes.
     """
 
     computed: tuple[fx.Node, ...]
     orders: tuple[tuple[int, ...], ...]
     rest: fx.Graph
+    needed: tuple[int, ...]
 
     def finish(self, arguments: Sequence[Any], computed: Sequence[Tensor]) -> tuple[Any, ...]:
         """The fragment's results.
@@ -40,7 +42,8 @@ class Results:
             computed: what the program computed, in memory of its own.
         """
         ordered = [_ordered(value, order) for value, order in zip(computed, self.orders, strict=True)]
-        return tuple(execute(self.rest, {}, [*arguments, *ordered], grad=torch.is_grad_enabled()))
+        known = [*arguments, *ordered]
+        return tuple(execute(self.rest, {}, [known[index] for index in self.needed], grad=torch.is_grad_enabled()))
 
 
 def plan_results(graph: fx.Graph, arguments: Sequence[fx.Node]) -> Results:
@@ -74,16 +77,23 @@ def plan_results(graph: fx.Graph, arguments: Sequence[fx.Node]) -> Results:
             shared = memory in given or owners[memory] > 1
             visit(node, shared or not (isinstance(value, Tensor) and _order(value) == tuple(range(value.ndim))))
     orders = tuple(_order(node.meta["val"]) for node in computed)
-    return Results(tuple(computed), orders, _rest(results, [*arguments, *computed]))
+    return Results(tuple(computed), orders, *_rest(results, [*arguments, *computed]))
 
 
-def _rest(results: Sequence[Any], boundary: Sequence[fx.Node]) -> fx.Graph:
+def _rest(results: Sequence[Any], boundary: Sequence[fx.Node]) -> tuple[fx.Graph, tuple[int, ...]]:
+    """The graph from the boundary to the results, and which nodes of the boundary it takes."""
     nodes = list(dict.fromkeys(node for node in results if isinstance(node, fx.Node)))
     graph = region(nodes, set(), boundary)
     output = graph.output_node()
     copies = dict(zip(nodes, output.args[0], strict=True))  # type: ignore[arg-type]
     output.args = ([copies.get(each, each) if isinstance(each, fx.Node) else each for each in results],)
-    return graph
+    needed = []
+    for index, placeholder in enumerate(graph.find_nodes(op="placeholder")):
+        if placeholder.users:
+            needed.append(index)
+        else:
+            graph.erase_node(placeholder)
+    return graph, tuple(needed)
 
 
 def _source(node: fx.Node) -> fx.Node | None:
