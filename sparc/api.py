@@ -49,6 +49,31 @@ class Plan:
     claims: tuple[frozenset[str], ...]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What compile is asked for, checked; made by `check_job`.
+
+    Args:
+        registry: everything registered.
+        recipe: the recipe.
+        target: the target.
+        target_name: as the user spelt it.
+        verify: `types`, `sample` or `full`.
+        options: options of the target.
+    """
+
+    registry: Registry
+    recipe: Recipe
+    target: Target
+    target_name: str
+    verify: str
+    options: Mapping[str, Any]
+
+    def context(self, diagnostics: Diagnostics) -> EmitContext:
+        """What the target may use while emitting."""
+        return EmitContext(diagnostics, self.options, self.registry.lowerings)
+
+
 def registry(diagnostics: Diagnostics | None = None) -> Registry:
     """Everything registered: sparc's own passes, encodings, recipes and targets, and those of installed extensions."""
     from sparc import codegen, passes
@@ -91,26 +116,58 @@ def compile(
         SparcError: a diagnostic with a stable code, what, where, why and what to do next; nothing is left behind.
     """
     diagnostics = Diagnostics()
+    job = check_job(recipe, target, verify, options, diagnostics)
+    given = prepare_task(task, model, data) if task is not None else Task(model, example_inputs, dynamic, data)
+    captured = _capture(given.model, given.example_inputs, given.dynamic, diagnostics)
+    captured.main.cache = given.cache
+    samples = make_samples(captured, given.example_inputs, given.data, diagnostics)
+    artifact, plain = compile_program(captured, samples, job, diagnostics)
+    artifact.attachments.update(given.attachments)
+    if measure:
+        _measure(artifact, given, job, plain)
+    artifact.ledger.summary.metric = evidence.check_metric(metric, artifact)
+    return artifact
+
+
+def check_job(
+    recipe: RecipeLike, target: str, verify: str, options: Mapping[str, Any] | None, diagnostics: Diagnostics
+) -> Job:
+    """What compile is asked for, checked; the arguments are compile's.
+
+    Raises:
+        SparcError: SPARC201 to SPARC213, SPARC407 for something that does not exist or does not fit.
+    """
     known = registry(diagnostics)
     place, chosen = known.target(target.removesuffix(":cpu")), resolve_recipe(recipe, known)
     check_verify(verify)
     place.check_options(options or {})
-    job = prepare_task(task, model, data) if task is not None else Task(model, example_inputs, dynamic, data)
-    captured = _capture(job.model, job.example_inputs, job.dynamic, diagnostics)
-    captured.main.cache = job.cache
-    samples = make_samples(captured, job.example_inputs, job.data, diagnostics)
-    driver = Driver(captured, samples, diagnostics, verify=verify)
-    plain, baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])
-    context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
-    emission = place.emit(driver.program, context)
-    if verify != "types" and emission.native:
-        check_sites(baseline, driver.program, place, samples, context, every=verify == "full")
-    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml(), job.attachments)
-    _gather_evidence(artifact, captured, baseline, samples, target)
-    if measure:
-        _measure(artifact, job, place, plain, context)
-    driver.ledger.summary.metric = evidence.check_metric(metric, artifact)
-    return artifact
+    return Job(known, chosen, place, target, verify, dict(options or {}))
+
+
+def compile_program(
+    captured: Program, samples: Samples, job: Job, diagnostics: Diagnostics
+) -> tuple[Artifact, Program]:
+    """Compress, check and lower a program; nothing is timed.
+
+    Args:
+        captured: the program; it is not changed.
+        samples: inputs for calibration and checks.
+        job: what to do.
+        diagnostics: gets warnings and remarks.
+
+    Returns:
+        The artifact, and the program before the first step that serves compression.
+    """
+    driver = Driver(captured, samples, diagnostics, verify=job.verify)
+    needed = [job.registry.pass_type(name)(**given) for name, given in job.target.legalizations]
+    plain, baseline = run_steps(driver, job.recipe, needed)
+    context = job.context(diagnostics)
+    emission = job.target.emit(driver.program, context)
+    if job.verify != "types" and emission.native:
+        check_sites(baseline, driver.program, job.target, samples, context, every=job.verify == "full")
+    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, job.recipe.to_toml())
+    _gather_evidence(artifact, captured, baseline, samples, job.target_name)
+    return artifact, plain
 
 
 def plan(
@@ -231,18 +288,18 @@ def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, s
     ledger.summary = evidence.summarize(captured, artifact.program, emission, samples, target, captured.weights.nbytes)
 
 
-def _measure(artifact: Artifact, job: Task, place: Target, plain: Program, context: EmitContext) -> None:
+def _measure(artifact: Artifact, given: Task, job: Job, plain: Program) -> None:
     name, entry = next(iter(artifact.program.entries.items()))
-    module = job.model if isinstance(job.model, nn.Module) else job.model.module()
-    timed = {label: bind_examples(module.forward, each)[0] for label, each in job.timed.items()}
-    timed = timed or {"": bind_examples(module.forward, job.example_inputs)[0]}
+    module = given.model if isinstance(given.model, nn.Module) else given.model.module()
+    timed = {label: bind_examples(module.forward, each)[0] for label, each in given.timed.items()}
+    timed = timed or {"": bind_examples(module.forward, given.example_inputs)[0]}
     summary = artifact.ledger.summary
     if isinstance(artifact.emission, Estimating) and not artifact.emission.native:
         summary.latencies = [
             artifact.emission.estimate(entry.signature.bind((), each), name) for each in timed.values()
         ]
         return
-    dense: Emission = place.emit(plain, EmitContext(Diagnostics(), context.options, context.lowerings))
+    dense: Emission = job.target.emit(plain, job.context(Diagnostics()))
     ours, theirs = artifact.emission.runner(name, spin=False), dense.runner(name, spin=False)
     for label, named in timed.items():
         tensors = entry.signature.bind((), named)

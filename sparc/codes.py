@@ -24,17 +24,14 @@ CAPTURE_FAILED = Code(
     "SPARC101",
     "the model could not be captured",
     "torch.export could not turn the model into one graph. The line named is the last one of the model that was "
-    "running: "
-    "typical causes are Python control flow on tensor values, calls into libraries that are not torch, and "
-    "data-dependent "
-    "shapes.",
+    "running: typical causes are Python control flow on tensor values, calls into libraries that are not torch, and "
+    "data-dependent shapes.",
     "rewrite the named line with torch operators that do not read tensor values in Python",
 )
 INPUTS_MISSING = Code(
     "SPARC102",
     "example inputs are missing or do not fit the model's forward()",
-    "compile() needs one example of every input that forward() requires, as a tuple (positional) or a mapping (by "
-    "name).",
+    "compile() needs one example of every input that forward() requires, as a tuple or a mapping by name.",
     "pass example_inputs with the names that forward() declares",
 )
 MODEL_CALL_FAILED = Code(
@@ -47,15 +44,13 @@ DYNAMIC_DIMENSION = Code(
     "SPARC104",
     "a dynamic dimension does not exist or cannot vary",
     "dynamic= names an input or a dimension that does not exist, or the model computes something that fixes the "
-    "dimension to "
-    "the example's size.",
+    "dimension to the example's size.",
     "remove the dimension from dynamic=, or change the model's line that fixes it",
 )
 UNSUPPORTED_STATE = Code(
     "SPARC105",
     "the model changes its own state",
-    "The captured graph writes to a buffer or an input. sparc programs are pure: state must be an explicit input "
-    "and output.",
+    "The captured graph writes to a buffer or an input. Programs are pure: state must be an explicit input and output.",
     "make the state an input and an output of forward(), or call model.eval()",
 )
 BAD_WEIGHT = Code(
@@ -85,16 +80,14 @@ OUTPUT_STRUCTURE = Code(
 LOAD_FAILED = Code(
     "SPARC110",
     "the model named on the command line could not be loaded",
-    "PATH_OR_IMPORT is a function pkg.mod:fn that returns compile's arguments, a Hugging Face folder, or a .pt2 "
-    "file with "
-    "--trust.",
+    "PATH_OR_IMPORT is a function pkg.mod:fn that returns compile's arguments, a Hugging Face folder, or a .pt2 file "
+    "with --trust.",
     "check the path or the import name",
 )
 UNSUPPORTED_OPERATOR = Code(
     "SPARC111",
     "the captured graph contains an operator that programs cannot hold",
-    "Control flow operators (cond, while_loop, scan) and operators on devices other than the CPU's are not "
-    "supported yet.",
+    "Control flow operators (cond, while_loop, scan) and operators on devices other than the CPU's are not supported.",
     "replace the named line with ordinary tensor operators",
 )
 NO_CACHE = Code(
@@ -106,6 +99,18 @@ NO_CACHE = Code(
 )
 UNKNOWN_TASK = Code(
     "SPARC113", "an unknown task", "The task is none that sparc knows.", 'the only task is "text-generation"'
+)
+NEEDS_GRADIENTS = Code(
+    "SPARC114",
+    "a fragment of torch.compile needs gradients",
+    "Compressed weights carry no gradients, so what has to compute them runs in eager torch.",
+    "call the model under torch.no_grad() or torch.inference_mode(), or call model.requires_grad_(False)",
+)
+WEIGHTS_CHANGED = Code(
+    "SPARC115",
+    "the weights of a fragment of torch.compile change too often",
+    "A weight that is written to or replaced is compressed anew; after too many times the fragment runs eagerly.",
+    "compile the model when it is trained; torch.compiler.reset() starts anew",
 )
 
 # 2xx: passes and recipes --------------------------------------------------------------------------------------------
@@ -124,16 +129,14 @@ BAD_RECIPE = Code(
 ILLEGAL_ORDER = Code(
     "SPARC203",
     "the recipe's steps are in an illegal order",
-    "Steps run in the order canonicalise, fold, coalesce, structural cuts, rotate, equalise, low rank, masks, "
-    "round, quantize "
-    "activations, correct, encode, cast: a later kind would undo or invalidate what an earlier one decided.",
+    "Steps run in the order canonicalise, fold, coalesce, structural cuts, rotate, equalise, low rank, masks, round, "
+    "quantize activations, correct, encode, cast: a later kind would undo or invalidate what an earlier one decided.",
     "reorder the steps",
 )
 SELECTOR_MATCHES_NOTHING = Code(
     "SPARC204",
     "a selector matches nothing",
-    "where= is a glob over the module paths of weights, or @type for an operator type. It matched no site of this "
-    "model.",
+    "where= is a glob over the module paths of weights, or @type for an operator type. It matched no site.",
     "compare it with the names in `sparc inspect`",
 )
 NOT_MATCHED = Code(
@@ -175,23 +178,21 @@ DUPLICATE_EXTENSION = Code(
 SYNTHETIC_DATA = Code(
     "SPARC211",
     "checks ran on synthetic inputs",
-    "No data= was given, so measurements use seeded random inputs of the example's shapes. They bound nothing "
-    "about real data.",
+    "No data= was given, so measurements use seeded random inputs: they bound nothing about real data.",
     "pass data= for figures that mean something",
 )
 EXTENSION_BROKEN = Code(
     "SPARC212",
     "an installed extension could not be loaded",
     "Its entry point in the group sparc.extensions raised an error, or what it returned is no valid Extension. "
-    "Everything else works; "
-    "what the extension registers is missing.",
+    "Everything else works; what the extension registers is missing.",
     "upgrade or uninstall the distribution named, or report it to its author",
 )
 BAD_SELECTOR = Code(
     "SPARC213",
     "a selector is malformed",
-    "where= is one pattern or several: globs over the names of modules and weights, @type for an operator type, ! "
-    "to exclude.",
+    "where= is one pattern or several: globs over the names of modules and weights, @type for an operator type, ! to "
+    "exclude.",
     "see the selectors in docs/recipes.md",
 )
 UNITS_REMOVED = Code(
@@ -210,9 +211,9 @@ BLOCKS_REMOVED = Code(
 NOT_COALESCIBLE = Code(
     "SPARC220",
     "a program has no coarser level, or two programs are not of one family",
-    "Coalescing merges the features and layers of repeated transformer blocks: every feature space inside them must be "
-    "read and written by operators that are known to commute with merging, and have a number of units (whole heads, or "
-    "features) that the width divides.",
+    "Coalescing merges the features and layers of repeated transformer blocks: every feature space inside them must "
+    "be read and written by operators that are known to commute with merging, and have a number of units (whole "
+    "heads, or features) that the width divides.",
     "canonicalize the program first, capture the model with its head (outputs keep their features), choose another "
     "width, or merge layers only (width=1)",
 )
@@ -265,8 +266,7 @@ PARITY_FAILED = Code(
 DENSE_FALLBACK = Code(
     "SPARC403",
     "a compressed weight runs as a dense operator",
-    "The target has no operator for this encoding. The weight is decoded at load or in the graph; storage is "
-    "reported as it is.",
+    "The target has no operator for the encoding: it is decoded at load or in the graph; storage is reported as it is.",
 )
 CHECKER_FAILED = Code(
     "SPARC404",
@@ -326,8 +326,8 @@ SHAPE_TOO_LARGE = Code(
 INTERPRETED = Code(
     "SPARC413",
     "kernels run in Triton's interpreter",
-    "There is no GPU of the target's kind here. The interpreter computes what the kernels compute, thousands of times "
-    "slower; times in the report are the cost model's estimates.",
+    "There is no GPU of the target's kind here. The interpreter computes what the kernels compute, thousands of "
+    "times slower; times in the report are the cost model's estimates.",
     "load the artifact on a machine with the GPU",
 )
 CHOSEN_ANEW = Code(
