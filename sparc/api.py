@@ -117,9 +117,8 @@ def compile(
     """
     diagnostics = Diagnostics()
     job = check_job(recipe, target, verify, options, diagnostics)
-    given = prepare_task(task, model, data) if task is not None else Task(model, example_inputs, dynamic, data)
-    captured = _capture(given.model, given.example_inputs, given.dynamic, diagnostics)
-    captured.main.cache = given.cache
+    given = _given(model, example_inputs, task, dynamic, data)
+    captured = _capture(given, diagnostics)
     samples = make_samples(captured, given.example_inputs, given.data, diagnostics)
     artifact, plain = compile_program(captured, samples, job, diagnostics)
     artifact.attachments.update(given.attachments)
@@ -172,15 +171,16 @@ def compile_program(
 
 def plan(
     model: nn.Module | ExportedProgram,
-    example_inputs: Any,
+    example_inputs: Any = None,
     *,
+    task: str | None = None,
     recipe: RecipeLike = "w8",
     dynamic: Dynamic | None = None,
 ) -> Plan:
     """What compile would do, without doing it; the arguments are compile's."""
     diagnostics = Diagnostics()
     chosen = resolve_recipe(recipe, registry(diagnostics))
-    program = _capture(model, example_inputs, dynamic, diagnostics)
+    program = _capture(_given(model, example_inputs, task, dynamic, None), diagnostics)
     sites, others = find_sites(program)
     return Plan(chosen, program, tuple(frozenset(claimed) for claimed in assign(chosen.steps, sites, others)))
 
@@ -271,12 +271,18 @@ def _claims(claimed: set[str], site: Site) -> bool:
     return site.weight in claimed
 
 
-def _capture(
-    model: nn.Module | ExportedProgram, examples: Any, dynamic: Dynamic | None, diagnostics: Diagnostics
-) -> Program:
-    if isinstance(model, ExportedProgram):
-        return capture_exported(model, diagnostics=diagnostics)
-    return capture(model, examples, dynamic=dynamic, diagnostics=diagnostics)
+def _given(
+    model: nn.Module | ExportedProgram, examples: Any, task: str | None, dynamic: Dynamic | None, data: Data
+) -> Task:
+    return prepare_task(task, model, data) if task is not None else Task(model, examples, dynamic, data)
+
+
+def _capture(given: Task, diagnostics: Diagnostics) -> Program:
+    if isinstance(given.model, ExportedProgram):
+        return capture_exported(given.model, diagnostics=diagnostics)
+    program = capture(given.model, given.example_inputs, dynamic=given.dynamic, diagnostics=diagnostics)
+    program.main.cache = given.cache
+    return program
 
 
 def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, samples: Samples, target: str) -> None:

@@ -31,6 +31,9 @@ def compile_model(
     task: Annotated[
         str | None, typer.Option(help="What the model is for: text-generation.", show_default=False)
     ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Also write a folder that vLLM reads (compressed-tensors).", show_default=False)
+    ] = None,
     genai: Annotated[bool, typer.Option(help="Let onnxruntime-genai load the folder as it is.")] = False,
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="A registered recipe or a TOML file.", show_default="w8")
@@ -66,21 +69,27 @@ def compile_model(
     arguments = _arguments(source, recipe, axes)
     wanted = task or source.task or ("text-generation" if genai else None)
     if dry_run:
-        _show_plan(api.plan(**arguments), as_json)
+        _show_plan(api.plan(**arguments, task=wanted), as_json)
         return
     more = _more(source, target, data, verify, opset)
     say(f"compiling with {arguments['recipe']} for {more['target']}")
     artifact = api.compile(**arguments, **more, task=wanted, measure=measure)
     assert folder is not None
-    artifact.attachments.update(source.attachments or {})
-    if genai:
-        artifact.attachments[GENAI_CONFIG] = genai_config(artifact)
+    _attach(artifact, source, genai)
     saved = artifact.save(folder)
+    if checkpoint is not None:
+        artifact.export_checkpoint(checkpoint)
     _write_beside(artifact, save_recipe, html, f"{model}: {more['target']}")
     if as_json:
         print_json({"folder": str(folder), **artifact.report.to_json()})
     else:
         out().print(_result(artifact, saved, model, html))
+
+
+def _attach(artifact: Artifact, source: Source, genai: bool) -> None:
+    artifact.attachments.update(source.attachments or {})
+    if genai:
+        artifact.attachments[GENAI_CONFIG] = genai_config(artifact)
 
 
 def _check_folder(folder: Path | None, dry_run: bool) -> None:
