@@ -1,6 +1,6 @@
 """sparc: a compiler for sparse and quantized PyTorch models that shows the evidence."""
 
-from sparc.api import coalesce, compile, decoalesce, deepen, interpolate, load, plan, widen
+from sparc.api import coalesce, compile, decoalesce, deepen, interpolate, load, plan, read_checkpoint, widen
 from sparc.artifact import Artifact
 from sparc.capture import capture, capture_entries
 from sparc.contract import Approximate, Bounded, Exact
@@ -36,6 +36,7 @@ __all__ = [
     "interpolate",
     "load",
     "plan",
+    "read_checkpoint",
     "rewrite",
     "widen",
 ]

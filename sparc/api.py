@@ -13,9 +13,10 @@ from sparc import codes, evidence
 from sparc.analysis.sites import Site, find_sites
 from sparc.artifact import Artifact, load_artifact
 from sparc.capture import Dynamic, capture
+from sparc.checkpoint.base import Checkpoint
 from sparc.diag import Diagnostics, PassError
 from sparc.driver import VERIFY_LEVELS, Driver
-from sparc.exported import capture_exported
+from sparc.exported import capture_exported, runnable
 from sparc.memory import trim
 from sparc.parity import check_sites
 from sparc.pass_base import Pass, Samples, Stage
@@ -30,6 +31,7 @@ from sparc.target import Emission, EmitContext, Estimating, Target
 if TYPE_CHECKING:
     from sparc.passes.levels import LevelMap
 
+Model = nn.Module | ExportedProgram | Checkpoint
 RecipeLike = str | Path | Recipe | Iterable[Pass | Step]
 
 
@@ -56,7 +58,7 @@ def registry(diagnostics: Diagnostics | None = None) -> Registry:
 
 
 def compile(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     example_inputs: Any,
     *,
     recipe: RecipeLike = "w8",
@@ -71,9 +73,9 @@ def compile(
     """Capture a model, compress it by a recipe, check everything, and lower it: the artifact is called like the model.
 
     Args:
-        model: a module in float32, or an exported program.
+        model: a module in float32, an exported program, or what `read_checkpoint` gave.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
-        recipe: a registered name (`w8`, `w4`, `w8a8`, ...), a TOML file, a Recipe, or passes in order.
+        recipe: a registered name (`w8`, `w4`, `w8a8`, `keep`, ...), a TOML file, a Recipe, or passes in order.
         target: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`, `cuda`, `cuda:sm_90`, `reference`.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`.
         data: inputs for calibration and measuring, or a function that returns them; every fourth one is held out
@@ -108,7 +110,7 @@ def compile(
 
 
 def plan(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     example_inputs: Any,
     *,
     recipe: RecipeLike = "w8",
@@ -157,6 +159,25 @@ def deepen(program: Program, block: int = -1, stack: int = 0) -> Program:
     from sparc.passes import grow
 
     return grow.deepen(program, block, stack)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint that another tool compressed, as it is: the recipe `keep` compiles its codes and scales.
+
+    Args:
+        path: a `.gguf` file, or a Hugging Face folder of GPTQ, AWQ, compressed-tensors or FP8 weights.
+
+    Returns:
+        a model with float32 weights, and the grids that they lie on; nothing is rounded again.
+
+    Raises:
+        CaptureError: SPARC106 for weights that are not finite, SPARC110 when the file, or transformers, is missing,
+            SPARC112 to SPARC115 for files that are cut short, contradict themselves, are of an unknown kind, or whose
+            weights are not those of their architecture.
+    """
+    from sparc.checkpoint import read
+
+    return read.read_checkpoint(path)
 
 
 def load(folder: str | Path) -> Artifact:
@@ -208,9 +229,7 @@ def _claims(claimed: set[str], site: Site) -> bool:
     return site.weight in claimed
 
 
-def _capture(
-    model: nn.Module | ExportedProgram, examples: Any, dynamic: Dynamic | None, diagnostics: Diagnostics
-) -> Program:
+def _capture(model: Model, examples: Any, dynamic: Dynamic | None, diagnostics: Diagnostics) -> Program:
     if isinstance(model, ExportedProgram):
         return capture_exported(model, diagnostics=diagnostics)
     return capture(model, examples, dynamic=dynamic, diagnostics=diagnostics)
@@ -227,14 +246,14 @@ def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, s
 
 def _measure(
     artifact: Artifact,
-    model: nn.Module | ExportedProgram,
+    model: Model,
     examples: Any,
     place: Target,
     plain: Program,
     context: EmitContext,
 ) -> None:
     entry = next(iter(artifact.program.entries))
-    module = model if isinstance(model, nn.Module) else model.module()
+    module = runnable(model)
     named, _ = bind_examples(module.forward, examples)
     tensors = artifact.program.main.signature.bind((), named)
     if isinstance(artifact.emission, Estimating) and not artifact.emission.native:

@@ -3,21 +3,12 @@
 1xx capture, 2xx passes and recipes, 3xx verification, 4xx lowering, 5xx artifacts.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Code:
-    """A stable diagnostic code: its id, a one-line title, what it means, and what to do about it."""
-
-    id: str
-    title: str
-    meaning: str = ""
-    hint: str = ""
-
-    def __str__(self) -> str:
-        return self.id
-
+from sparc.checkpoint.codes import CHECKPOINT_CUT as CHECKPOINT_CUT
+from sparc.checkpoint.codes import CHECKPOINT_MALFORMED as CHECKPOINT_MALFORMED
+from sparc.checkpoint.codes import CHECKPOINT_MISMATCH as CHECKPOINT_MISMATCH
+from sparc.checkpoint.codes import CHECKPOINT_PART_LEFT as CHECKPOINT_PART_LEFT
+from sparc.checkpoint.codes import UNKNOWN_FORMAT as UNKNOWN_FORMAT
+from sparc.code import Code as Code
 
 # 1xx: capture -------------------------------------------------------------------------------------------------------
 CAPTURE_FAILED = Code(
@@ -85,9 +76,8 @@ OUTPUT_STRUCTURE = Code(
 LOAD_FAILED = Code(
     "SPARC110",
     "the model named on the command line could not be loaded",
-    "PATH_OR_IMPORT is a function pkg.mod:fn that returns compile's arguments, a Hugging Face folder, or a .pt2 "
-    "file with "
-    "--trust.",
+    "PATH_OR_IMPORT is a function pkg.mod:fn that returns compile's arguments, a Hugging Face folder, a .gguf "
+    "file, or a .pt2 file with --trust.",
     "check the path or the import name",
 )
 UNSUPPORTED_OPERATOR = Code(

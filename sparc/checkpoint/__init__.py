@@ -1,0 +1,3 @@
+"""Compressed checkpoints of other tools, read without rounding again: GGUF files, and Hugging Face folders with GPTQ,
+AWQ, compressed-tensors or FP8 weights.
+"""
