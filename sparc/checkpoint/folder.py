@@ -171,6 +171,6 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _broken(path: Path, why: str) -> CaptureError:
-    short = "Incomplete" in why or "TooSmall" in why or "InvalidHeaderLength" in why
+    short = any(words in why for words in ("header too small", "invalid header length", "incomplete metadata"))
     code = codes.CHECKPOINT_CUT if short else codes.CHECKPOINT_MALFORMED
     return CaptureError(code, f"{path.name} cannot be read", why=why[:200])

@@ -63,7 +63,8 @@ def stored_weight(block: Block, rows: Bytes, name: str) -> StoredWeight:
     if block.read is None or block.spec is None:
         return plain(torch.from_numpy(rows.copy()).view(getattr(torch, block.name)), name)
     out = rows.shape[0]
-    numbers, tensors = block.read(np.ascontiguousarray(rows).reshape(-1, block.size))
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused afterwards
+        numbers, tensors = block.read(np.ascontiguousarray(rows).reshape(-1, block.size))
     grid = {key: torch.from_numpy(np.ascontiguousarray(each)).reshape(out, -1) for key, each in tensors.items()}
     if isinstance(block.spec, Codebook):
         grid["table"] = torch.tensor(IQ4, dtype=torch.float32)

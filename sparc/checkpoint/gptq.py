@@ -2,8 +2,8 @@
 
 `qweight` is int32 `[in * bits / 32, out]`, packed along the inputs; `qzeros` is int32 `[groups, out * bits / 32]`,
 packed along the outputs; `scales` is `[groups, out]`, and `g_idx` `[in]` says which group each input belongs to. In
-the format `gptq`, the first version, stored zero points are one too small, modulo 2^bits (AutoGPTQ, nn_modules/qlinear);
-in `gptq_v2` they are as they are.
+the format `gptq`, the first version, stored zero points are one too small, modulo 2^bits (AutoGPTQ,
+nn_modules/qlinear); in `gptq_v2` they are as they are.
 """
 
 from collections.abc import Mapping
