@@ -153,8 +153,6 @@ class _Reader:
             self.strings += count
             if self.strings > _MAX_STRINGS:
                 raise malformed(f"{self.name} announces {self.strings} strings")
-            if count * 8 > len(self.data) - self.position:
-                raise cut(self.name)
             return [self.string() for _ in range(count)]
         if kind not in _SCALARS:
             raise malformed(f"{self.name} has an array of type {kind}", "arrays hold numbers or strings")

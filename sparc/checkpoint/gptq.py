@@ -32,7 +32,7 @@ def read_gptq(layer: Layer, settings: Mapping[str, Any]) -> StoredWeight:
     bits = settings.get("bits")
     if settings.get("dynamic"):
         raise unknown("GPTQ with settings of its own for some layers")
-    if form not in _FORMATS or type(bits) is not int or bits not in (2, 3, 4, 8):
+    if not isinstance(form, str) or form not in _FORMATS or type(bits) is not int or bits not in (2, 3, 4, 8):
         raise unknown(f"GPTQ of the format {str(form)[:40]!r} with {str(bits)[:40]} bits")
     packed, packed_zeros = layer.tensor("qweight", torch.int32), layer.tensor("qzeros", torch.int32)
     scales = layer.scales("scales").t().contiguous()

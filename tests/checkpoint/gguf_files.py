@@ -136,3 +136,9 @@ def stored_as(kind, array):
     except NotImplementedError:
         raw = random_blocks(kind, *array.shape)
     return raw, gguf.dequantize(raw, kind).astype(np.float32)
+
+
+def weight_decodes(program):
+    """The nodes that decode weights; what decodes an activation takes its shape from the codes."""
+    decodes = [node for _, node in program.nodes() if str(node.target) == "sparc.decode.default"]
+    return [node for node in decodes if node.args[3] is not None]

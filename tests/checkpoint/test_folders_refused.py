@@ -16,6 +16,8 @@ UNKNOWN = {
     "bits": {**GPTQ, "bits": 5},
     "bits that are text": {**GPTQ, "bits": "4"},
     "form": {**GPTQ, "checkpoint_format": "marlin"},
+    "form that is a list": {**GPTQ, "checkpoint_format": ["gptq"]},
+    "tool that is a list": {"quant_method": ["gptq"]},
     "settings by layer": {**GPTQ, "dynamic": {"a": {"bits": 8}}},
     "no settings": [1],
     "AWQ's other version": {**AWQ, "version": "gemv"},
@@ -31,7 +33,7 @@ def words(name, weight):
 def test_unknown_settings_are_refused(case, tmp_path):
     settings = UNKNOWN[case]
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    write_folder(tmp_path / "m", {"awq": awq, "gptq": gptq()}.get(method, words), settings)
+    write_folder(tmp_path / "m", {"awq": awq, "gptq": gptq()}.get(str(method), words), settings)
     assert refused(tmp_path / "m").code == "SPARC114"
 
 

@@ -13,7 +13,7 @@ from sparc.checkpoint.base import Checkpoint
 from sparc.cli import run
 from sparc.diag import CaptureError
 from sparc.encoding.int_grid import IntGrid
-from tests.checkpoint.gguf_files import CLASSES, VOCABULARY, tiny, write
+from tests.checkpoint.gguf_files import CLASSES, VOCABULARY, tiny, weight_decodes, write
 
 IDS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -62,8 +62,7 @@ def test_keep_compiles_the_codes(kind, target, tmp_path):
         checkpoint, {"input_ids": IDS}, recipe="keep", target=target, measure=False,
         dynamic={"input_ids": {0: "batch", 1: "seq"}},
     )  # fmt: skip
-    decodes = [node for _, node in artifact.program.nodes() if str(node.target) == "sparc.decode.default"]
-    assert len(decodes) == 8
+    assert len(weight_decodes(artifact.program)) == 8
     assert artifact.program.weights.nbytes < 0.32 * sum(each.nbytes for each in checkpoint.model.parameters())
     for name, grid in checkpoint.grids.items():
         for part, tensor in grid.tensors.items():
@@ -85,15 +84,23 @@ def test_a_compiled_file_is_saved_and_loaded(tmp_path):
     found = artifact(input_ids=IDS, attention_mask=torch.ones_like(IDS))["logits"]
     expected = logits(checkpoint.model)
     assert (found - expected).norm() < 1e-4 * expected.norm()
-    specs = {str(node.args[1]) for _, node in artifact.program.nodes() if str(node.target) == "sparc.decode.default"}
+    specs = {str(node.args[1]) for node in weight_decodes(artifact.program)}
     assert specs == {str(grid.spec) for grid in checkpoint.grids.values()}
+
+
+def test_other_commands_take_a_file(tmp_path, capsys):
+    write(tmp_path / "model.gguf", tiny())
+    assert run(["inspect", str(tmp_path / "model.gguf"), "--json"]) == 0
+    assert "model.layers.0.mlp.down_proj" in capsys.readouterr().out
+    assert run(["compile", str(tmp_path / "model.gguf"), "--dry-run", "--json"]) == 0
+    assert "encode" in capsys.readouterr().out
 
 
 def test_another_recipe_rounds_again(tmp_path):
     write(tmp_path / "model.gguf", tiny(), kind=Kind.Q4_0)
     checkpoint = sparc.read_checkpoint(tmp_path / "model.gguf")
     artifact = sparc.compile(checkpoint, {"input_ids": IDS}, recipe="w8", target="reference", measure=False)
-    specs = {str(node.args[1]) for _, node in artifact.program.nodes() if str(node.target) == "sparc.decode.default"}
+    specs = {str(node.args[1]) for node in weight_decodes(artifact.program)}
     assert specs == {str(IntGrid(8))}
 
 
