@@ -1,6 +1,6 @@
 """sparc: a compiler for sparse and quantized PyTorch models that shows the evidence."""
 
-from sparc.api import coalesce, compile, decoalesce, deepen, interpolate, load, plan, widen
+from sparc.api import coalesce, compile, decoalesce, deepen, interpolate, load, plan, read_checkpoint, widen
 from sparc.artifact import Artifact
 from sparc.backend import Backend
 from sparc.capture import capture, capture_entries
@@ -39,6 +39,7 @@ __all__ = [
     "interpolate",
     "load",
     "plan",
+    "read_checkpoint",
     "rewrite",
     "widen",
 ]

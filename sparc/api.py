@@ -13,9 +13,10 @@ from sparc import codes, evidence
 from sparc.analysis.sites import Site, find_sites
 from sparc.artifact import Artifact, load_artifact
 from sparc.capture import Dynamic, capture
+from sparc.checkpoint.base import Checkpoint
 from sparc.diag import Diagnostics, PassError
 from sparc.driver import VERIFY_LEVELS, Driver
-from sparc.exported import capture_exported
+from sparc.exported import capture_exported, runnable
 from sparc.generation.task import Task, prepare_task
 from sparc.memory import trim
 from sparc.parity import check_sites
@@ -31,6 +32,7 @@ from sparc.target import Emission, EmitContext, Estimating, Target
 if TYPE_CHECKING:
     from sparc.passes.levels import LevelMap
 
+Model = nn.Module | ExportedProgram | Checkpoint
 RecipeLike = str | Path | Recipe | Iterable[Pass | Step]
 
 
@@ -82,7 +84,7 @@ def registry(diagnostics: Diagnostics | None = None) -> Registry:
 
 
 def compile(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     example_inputs: Any = None,
     *,
     task: str | None = None,
@@ -98,11 +100,11 @@ def compile(
     """Capture a model, compress it by a recipe, check everything, and lower it: the artifact is called like the model.
 
     Args:
-        model: a module in float32, or an exported program.
+        model: a module in float32, an exported program, or what `read_checkpoint` gave.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
         task: `text-generation` works example inputs, dynamic dimensions and a cache out from a language model of
             transformers; `data` is then what its tokenizer returns.
-        recipe: a registered name (`w8`, `w4`, `w8a8`, ...), a TOML file, a Recipe, or passes in order.
+        recipe: a registered name (`w8`, `w4`, `w8a8`, `keep`, ...), a TOML file, a Recipe, or passes in order.
         target: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`, `cuda`, `cuda:sm_90`, `reference`.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`.
         data: inputs for calibration and measuring, or a function that returns them; every fourth one is held out
@@ -170,7 +172,7 @@ def compile_program(
 
 
 def plan(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     example_inputs: Any = None,
     *,
     task: str | None = None,
@@ -222,6 +224,25 @@ def deepen(program: Program, block: int = -1, stack: int = 0) -> Program:
     return grow.deepen(program, block, stack)
 
 
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint that another tool compressed, as it is: the recipe `keep` compiles its codes and scales.
+
+    Args:
+        path: a `.gguf` file, or a Hugging Face folder of GPTQ, AWQ, compressed-tensors or FP8 weights.
+
+    Returns:
+        a model with float32 weights, and the grids that they lie on; nothing is rounded again.
+
+    Raises:
+        CaptureError: SPARC106 for weights that are not finite, SPARC110 when the file, or transformers, is missing,
+            SPARC116 to SPARC119 for files that are cut short, contradict themselves, are of an unknown kind, or whose
+            weights are not those of their architecture.
+    """
+    from sparc.checkpoint import read
+
+    return read.read_checkpoint(path)
+
+
 def load(folder: str | Path) -> Artifact:
     """Read an artifact that `Artifact.save` wrote; every file is checked before it is used.
 
@@ -271,9 +292,7 @@ def _claims(claimed: set[str], site: Site) -> bool:
     return site.weight in claimed
 
 
-def _given(
-    model: nn.Module | ExportedProgram, examples: Any, task: str | None, dynamic: Dynamic | None, data: Data
-) -> Task:
+def _given(model: Model, examples: Any, task: str | None, dynamic: Dynamic | None, data: Data) -> Task:
     return prepare_task(task, model, data) if task is not None else Task(model, examples, dynamic, data)
 
 
@@ -296,7 +315,7 @@ def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, s
 
 def _measure(artifact: Artifact, given: Task, job: Job, plain: Program) -> None:
     name, entry = next(iter(artifact.program.entries.items()))
-    module = given.model if isinstance(given.model, nn.Module) else given.model.module()
+    module = runnable(given.model)
     timed = {label: bind_examples(module.forward, each)[0] for label, each in given.timed.items()}
     timed = timed or {"": bind_examples(module.forward, given.example_inputs)[0]}
     summary = artifact.ledger.summary

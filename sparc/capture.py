@@ -18,6 +18,7 @@ from torch.export.graph_signature import ConstantArgument, ExportGraphSignature,
 from torch.utils import _pytree as pytree
 
 from sparc import codes
+from sparc.checkpoint.base import Checkpoint
 from sparc.diag import CaptureError, Diagnostics, Location
 from sparc.dimensions import dimensions, fixed, named_forward, refine, tile
 from sparc.functional import Graphed, draws, functionalize, is_impure
@@ -51,7 +52,7 @@ _NO_EFFECT = ("_assert", "sym_constrain_range", "_check")
 
 
 def capture(
-    model: nn.Module,
+    model: nn.Module | Checkpoint,
     example_inputs: Any,
     *,
     dynamic: Dynamic | None = None,
@@ -61,7 +62,8 @@ def capture(
     """Capture a model in eval mode as a Program with one entry.
 
     Args:
-        model: any module that torch.export can trace; its training flag is restored afterwards.
+        model: any module that torch.export can trace; its training flag is restored afterwards. A checkpoint's weights
+            keep their grids.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`. Equal names are
             equal sizes. Nested inputs are named with dots: `past.0.key`.
@@ -72,6 +74,9 @@ def capture(
         CaptureError: SPARC101 to SPARC111, with the user's own source line where there is one.
     """
     diagnostics = diagnostics if diagnostics is not None else Diagnostics()
+    if isinstance(model, Checkpoint):
+        plain = capture(model.model, example_inputs, dynamic=dynamic, entry=entry, diagnostics=diagnostics)
+        return model.attach(plain, diagnostics)
     if not isinstance(model, nn.Module):
         raise CaptureError(codes.INPUTS_MISSING, "model must be a torch.nn.Module", why=f"got {type(model).__name__}")
     named, positional = bind_examples(model.forward, example_inputs)
@@ -92,12 +97,12 @@ def capture(
 
 
 def capture_entries(
-    model: nn.Module, entries: Mapping[str, Mapping[str, Any]], diagnostics: Diagnostics | None = None
+    model: nn.Module | Checkpoint, entries: Mapping[str, Mapping[str, Any]], diagnostics: Diagnostics | None = None
 ) -> Program:
     """Capture one model several times (prefill and decode, say) as one Program over one weight store.
 
     Args:
-        model: the module.
+        model: the module, or a checkpoint.
         entries: for each entry's name, `{"example_inputs": ..., "dynamic": ...}`.
         diagnostics: collects remarks.
     """

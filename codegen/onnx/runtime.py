@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparc import codes
 from sparc.codegen.onnx.store import is_packed, raw_bytes, stored_name
+from sparc.codegen.onnx.types import onnx_type, torch_type
 from sparc.diag import LoweringError
 from sparc.target import StoredTensor
 
@@ -129,10 +130,18 @@ def _attach(
             tensor.raw_data = raw_bytes(held)
         else:
             names.append(tensor.name)
-            values.append(_to_runtime(held.reshape(tuple(tensor.dims))))
+            values.append(_to_runtime(_read_as(held, tensor.data_type).reshape(tuple(tensor.dims))))
     if names:
         settings.add_external_initializers(names, values)
     return bare, values
+
+
+def _read_as(held: Tensor, data_type: int) -> Tensor:
+    """The same bytes as another type, of the same size, where an initializer reads them so."""
+    import onnx_ir as ir
+
+    wanted = ir.DataType(data_type)
+    return held if onnx_type(held.dtype) == wanted else held.view(torch_type(wanted))
 
 
 def is_packed_type(data_type: int) -> bool:

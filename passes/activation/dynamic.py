@@ -15,6 +15,7 @@ from sparc.passes.activation.insert import PER_TENSOR, PER_TOKEN, insert_dynamic
 from sparc.program import Program
 
 Mode = Literal["auto", "tensor", "token", "split", "block"]
+_BLOCKS = (16, 32, 64, 128, 256)  # of columns, that products of 8-bit weights in groups have
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class QuantizeActivations(Pass):
     Products that read the same x share one `quantize`.
 
     Args:
-        mode: `tensor` (one scale, asymmetric), `token` (a scale for each row, symmetric), `split` (per tensor, and its
-            remainder quantized once more: 16 bits on two 8-bit products), `block` (a scale for each row and each group
-            of the weight's columns, symmetric; for weights rounded in groups of columns, of any width), or `auto`:
-            `tensor` or `token`, whichever calibration finds worth it.
+        mode: `tensor` (one scale, asymmetric), `token` (a scale for each row, symmetric), `split` (per tensor, or as
+            `block` for 8-bit weights in groups, and the remainder quantized once more: 16 bits on two 8-bit products),
+            `block` (a scale for each row and each group of the weight's columns, symmetric; for weights rounded in
+            groups of columns, of any width), or `auto`: `tensor` or `token`, whichever calibration finds worth it.
         price: for `auto`, the noise-to-signal ratio in a product's output that one per cent of all products' time is
             worth.
         floor: a product whose signal-to-noise ratio in decibels falls below gets its own x back, with a remark.
@@ -65,7 +66,8 @@ class QuantizeActivations(Pass):
             before = next(node for node in entry.graph.nodes if node in group.nodes)
             mode = self._choose(program, context, group, total) if self.mode == "auto" else self.mode
             if mode == "split":
-                quantized = insert_split(entry, group.x, before, symmetric=group.stacks)
+                columns = group.columns if isinstance(group.columns, int) else None
+                quantized = insert_split(entry, group.x, before, symmetric=group.stacks, group=columns)
             else:
                 spec = {"tensor": PER_TENSOR, "token": PER_TOKEN}.get(mode) or IntGrid(8, group.columns, symmetric=True)
                 quantized = insert_dynamic(entry, group.x, spec, before)
@@ -92,7 +94,7 @@ class QuantizeActivations(Pass):
                 if not is_product(use) or not isinstance(x, fx.Node) or x.op == "get_attr" or is_quantized(x):
                     continue
                 columns = program.grid(site.weight).spec.group  # type: ignore[union-attr]
-                key = (use.entry, x.name, columns if self.mode == "block" else 0)
+                key = (use.entry, x.name, columns if isinstance(columns, int) else 0)
                 group = groups.setdefault(key, Group(use.entry, x, columns, [], []))
                 group.nodes.append(use.node)
                 group.sites.append(site)
@@ -108,6 +110,8 @@ class QuantizeActivations(Pass):
         grouped = isinstance(spec.group, int)
         if self.mode == "block":
             return None if grouped else "its weight has no groups of columns"
+        if self.mode == "split" and grouped and spec.bits == 8:
+            return None if spec.group in _BLOCKS else f"no integer product has groups of {spec.group} columns"
         if grouped or spec.bits != 8 or spec.zero != "integer":
             return f"integer products need 8-bit weights with a scale per row at most, and its grid is {spec}"
         return None

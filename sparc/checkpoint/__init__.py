@@ -1,1 +1,4 @@
-"""Compressed checkpoints: what others wrote comes in losslessly, and goes out in formats that others serve."""
+"""Compressed checkpoints of other tools, read without rounding again, and written for them.
+
+GGUF files, and Hugging Face folders with GPTQ, AWQ, compressed-tensors or FP8 weights.
+"""

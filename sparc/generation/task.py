@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from sparc import codes
 from sparc.cache import KEEP, MASK, POSITIONS, TOKENS, Cache, token_positions
 from sparc.capture import Dynamic
+from sparc.checkpoint.base import Checkpoint
 from sparc.diag import CaptureError
 from sparc.generation.attachments import CONFIG, SETTINGS
 from sparc.generation.decoder import Decoder, describe, named_call
@@ -35,7 +36,7 @@ class Task:
         timed: inputs that latency is measured on, by what they are.
     """
 
-    model: nn.Module | ExportedProgram
+    model: nn.Module | ExportedProgram | Checkpoint
     example_inputs: Any
     dynamic: Dynamic | None
     data: Data
@@ -49,7 +50,7 @@ def prepare_task(task: str, model: Any, data: Data) -> Task:
 
     Args:
         task: `text-generation`.
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or a checkpoint of one.
         data: what its tokenizer returns, or tokens `[batch, seq]`, or a function that returns such.
 
     Raises:
@@ -57,11 +58,13 @@ def prepare_task(task: str, model: Any, data: Data) -> Task:
     """
     if task not in TASKS:
         raise CaptureError(codes.UNKNOWN_TASK, f"there is no task {task!r}", hint=hint(task, TASKS, kind="tasks"))
-    if not isinstance(model, nn.Module):
+    module = model.model if isinstance(model, Checkpoint) else model
+    if not isinstance(module, nn.Module):
         raise CaptureError(codes.NO_CACHE, "the task needs the model itself", why=f"got {type(model).__name__}")
-    examples, dynamic, cache = describe(model)
+    examples, dynamic, cache = describe(module)
     named = None if data is None else lambda: map(named_call, _items(data))
-    return Task(Decoder(model), examples, dynamic, named, cache, _settings(model), _timed(examples, cache))
+    decoder = model.with_model(Decoder(module)) if isinstance(model, Checkpoint) else Decoder(module)
+    return Task(decoder, examples, dynamic, named, cache, _settings(module), _timed(examples, cache))
 
 
 def _timed(examples: Mapping[str, Any], cache: Cache) -> dict[str, dict[str, Any]]:

@@ -84,6 +84,21 @@ def test_split_is_sixteen_bits() -> None:
     assert specs == [PER_TENSOR, IntGrid(8, "tensor", symmetric=True)]
 
 
+@pytest.mark.parametrize("group", [16, 32])
+def test_split_by_the_groups_of_the_weight(group: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 7, 64) * torch.logspace(-2, 2, 64)
+    program = quantized(nn.Linear(64, 6), (x,), QuantizeActivations("split"), IntGrid(8, group)).program
+    greatest = x.reshape(4, 7, -1, group).abs().amax(-1).repeat_interleave(group, -1)
+    assert ((value_read(program, [x]) - x).abs() <= greatest / 127 / 2 / 127 * 0.51).all()
+    assert [find_spec(str(node.args[2])) for node in quantizes(program)] == [IntGrid(8, group)] * 2
+
+
+def test_products_in_other_groups_than_the_operators_keep_their_input() -> None:
+    chosen = quantized(nn.Linear(48, 6), (torch.randn(4, 48),), QuantizeActivations("split"), IntGrid(8, 24))
+    assert not quantizes(chosen.program)
+
+
 def test_blocks_follow_the_groups_of_the_weight() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 32)
