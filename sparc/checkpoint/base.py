@@ -45,6 +45,7 @@ class Checkpoint:
         source: what was read: the format, and the architecture's name.
         notes: what of the file is not carried over, in words.
         tokenizer: a `tokenizers.Tokenizer`, where the file describes one that is known and the package is there.
+        chat: the template of a conversation, where the file has one.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Checkpoint:
     source: str
     notes: tuple[str, ...] = ()
     tokenizer: Any = field(default=None, repr=False)
+    chat: str | None = field(default=None, repr=False)
 
     def with_model(self, model: nn.Module) -> "Checkpoint":
         """The same weights in another module, such as one that wraps this one's; grids follow the parameters."""

@@ -93,7 +93,8 @@ def read_gguf(path: Path) -> Checkpoint:
     weights = _weights(file, described, kind, source)
     checkpoint = build.build(getattr(transformers, kind.owner), config, weights, source)
     _scale_frequencies(checkpoint.model, file, source)
-    return replace(checkpoint, tokenizer=read_tokenizer(file.metadata))
+    chat = file.metadata.get("tokenizer.chat_template")
+    return replace(checkpoint, tokenizer=read_tokenizer(file.metadata), chat=chat if isinstance(chat, str) else None)
 
 
 class _Metadata:

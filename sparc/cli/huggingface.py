@@ -17,7 +17,7 @@ from sparc.checkpoint.base import Checkpoint
 from sparc.checkpoint.folder import check_safetensors, is_compressed, read_config, read_folder
 from sparc.checkpoint.read import read_checkpoint
 from sparc.diag import CaptureError
-from sparc.generation.text import tokenizer_files, tokenizer_of
+from sparc.generation.text import checkpoint_files, tokenizer_files
 
 _BATCH, _LENGTH = 2, 16
 _SAMPLES = 16_000
@@ -65,7 +65,7 @@ def load_gguf(path: Path) -> dict[str, Any]:
         CaptureError: what `read_checkpoint` raises.
     """
     checkpoint = read_checkpoint(path)
-    return _compressed(checkpoint, tokenizer_of(checkpoint.tokenizer) if checkpoint.tokenizer is not None else {})
+    return _compressed(checkpoint, checkpoint_files(checkpoint))
 
 
 def _compressed(checkpoint: Checkpoint, attachments: Mapping[str, bytes]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sparc.checkpoint.base import Checkpoint
 from sparc.diag import CaptureError
 from sparc.generation.attachments import CONFIG, SETTINGS
 from sparc.generation.decoder import Decoder, describe, named_call
+from sparc.generation.text import checkpoint_files
 from sparc.samples import Data
 from sparc.suggest import hint
 
@@ -63,8 +64,11 @@ def prepare_task(task: str, model: Any, data: Data) -> Task:
         raise CaptureError(codes.NO_CACHE, "the task needs the model itself", why=f"got {type(model).__name__}")
     examples, dynamic, cache = describe(module)
     named = None if data is None else lambda: map(named_call, _items(data))
-    decoder = model.with_model(Decoder(module)) if isinstance(model, Checkpoint) else Decoder(module)
-    return Task(decoder, examples, dynamic, named, cache, _settings(module), _timed(examples, cache))
+    wrapped, attachments = Decoder(module), _settings(module)
+    subject = model.with_model(wrapped) if isinstance(model, Checkpoint) else wrapped
+    if isinstance(model, Checkpoint):
+        attachments |= checkpoint_files(model)
+    return Task(subject, examples, dynamic, named, cache, attachments, _timed(examples, cache))
 
 
 def _timed(examples: Mapping[str, Any], cache: Cache) -> dict[str, dict[str, Any]]:

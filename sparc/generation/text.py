@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparc import codes
+from sparc.checkpoint.base import Checkpoint
 from sparc.diag import ArtifactError
 from sparc.generation.attachments import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES, attached_json
 
@@ -42,6 +43,14 @@ def tokenizer_of(tokenizer: Any) -> dict[str, bytes]:
     if TOKENIZER not in found:
         what = f"{type(tokenizer).__name__} cannot be written as {TOKENIZER}"
         raise ArtifactError(codes.NO_GENERATION, what, hint="use a fast tokenizer of transformers")
+    return found
+
+
+def checkpoint_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files of a checkpoint's tokenizer and chat template, as far as it has them."""
+    found = tokenizer_of(checkpoint.tokenizer) if checkpoint.tokenizer is not None else {}
+    if checkpoint.chat is not None:
+        found[CHAT_TEMPLATE] = checkpoint.chat.encode()
     return found
 
 
