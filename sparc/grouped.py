@@ -1,0 +1,63 @@
+"""`sparc::grouped_linear`: rows in runs, each times its own matrix, as mixtures of experts compute.
+
+`grouped_linear(x, weight, ends)` means `result[row] = weight[run] @ x[row]`, where run `g` is the rows from
+`ends[g - 1]` (0 for the first) up to `ends[g]`; rows behind the last run are zeros. Its weight has the layout of a
+linear layer, once for each run, so that it is compressed like one.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.library import Library, impl, register_autograd, register_fake
+
+_library = Library("sparc", "FRAGMENT")
+_library.define("grouped_linear(Tensor x, Tensor weight, Tensor ends) -> Tensor")
+
+
+@impl(_library, "grouped_linear", "CompositeExplicitAutograd")
+def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`x` `[rows, in]`, `weight` `[runs, out, in]` of the same dtype, `ends` `[runs]` integers => `[rows, out]`."""
+    result = x.new_zeros(x.shape[0], weight.shape[1])
+    for matrix, rows in zip(weight, _runs(ends), strict=True):
+        torch.mm(x[rows], matrix.t(), out=result[rows])
+    return result
+
+
+@register_fake("sparc::grouped_linear", lib=_library)  # type: ignore[untyped-decorator]
+def _grouped_linear_type(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    torch._check(x.ndim == 2 and weight.ndim == 3 and ends.ndim == 1, lambda: "grouped_linear: ranks must be 2, 3, 1")
+    torch._check(x.shape[1] == weight.shape[2], lambda: "grouped_linear: x and weight differ in their last axis")
+    torch._check(ends.shape[0] == weight.shape[0], lambda: "grouped_linear: there must be one end for each matrix")
+    torch._check(x.dtype == weight.dtype, lambda: "grouped_linear: x and weight differ in dtype")
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _runs(ends: Tensor) -> Iterator[slice]:
+    start = 0
+    for end in ends.tolist():
+        yield slice(start, end)
+        start = end
+
+
+def _keep(context: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    context.save_for_backward(*inputs)
+
+
+def _backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, ends = context.saved_tensors
+    of_x = of_weight = None
+    if context.needs_input_grad[0]:
+        of_x = torch.ops.sparc.grouped_linear(gradient, weight.transpose(-1, -2), ends)
+    if context.needs_input_grad[1]:
+        of_weight = torch.stack([gradient[rows].t() @ x[rows] for rows in _runs(ends)])
+    return of_x, of_weight, None
+
+
+register_autograd("sparc::grouped_linear", _backward, setup_context=_keep, lib=_library)
+
+
+def is_grouped_linear(value: object) -> bool:
+    """Whether a value is a node that multiplies runs of rows with a matrix each."""
+    return isinstance(value, fx.Node) and value.target is torch.ops.sparc.grouped_linear.default
