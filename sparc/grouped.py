@@ -41,16 +41,16 @@ def _runs(ends: Tensor) -> Iterator[slice]:
         start = end
 
 
-def _keep(context: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    context.save_for_backward(*inputs)
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x, weight, ends = context.saved_tensors
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, ends = ctx.saved_tensors
     of_x = of_weight = None
-    if context.needs_input_grad[0]:
+    if ctx.needs_input_grad[0]:
         of_x = torch.ops.sparc.grouped_linear(gradient, weight.transpose(-1, -2), ends)
-    if context.needs_input_grad[1]:
+    if ctx.needs_input_grad[1]:
         of_weight = torch.stack([gradient[rows].t() @ x[rows] for rows in _runs(ends)])
     return of_x, of_weight, None
 

@@ -226,9 +226,12 @@ class Emitter:
         *,
         dtype: ir.DataType | None = None,
         dims: Sequence[int] | None = None,
+        part: int | None = None,
     ) -> ir.Value:
-        """An initializer over a program weight stored in a layout; `dtype` and `dims` re-read the stored bytes."""
-        return self._initializer(initializer(self.store.weight(name, layout, shape), dtype, dims))
+        """An initializer over a program weight stored in a layout; `dtype` and `dims` re-read the stored bytes, or those
+        of one `part` of its first axis.
+        """
+        return self._initializer(initializer(self.store.weight(name, layout, shape), dtype, dims, part))
 
     def derived(
         self,
@@ -239,10 +242,11 @@ class Emitter:
         *,
         dtype: ir.DataType | None = None,
         dims: Sequence[int] | None = None,
+        part: int | None = None,
         of: Origin | None = None,
     ) -> ir.Value:
         """An initializer over a tensor computed while emitting; arguments as for `weight`, `of` for what it stores."""
-        return self._initializer(initializer(self.store.derived(name, tensor, layout, shape, of), dtype, dims))
+        return self._initializer(initializer(self.store.derived(name, tensor, layout, shape, of), dtype, dims, part))
 
     def carry(self, site: str, kernel: KernelUse) -> None:
         """Note what carries a weight; of several operators that hold it in memory, all are named and added up."""

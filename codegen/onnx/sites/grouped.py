@@ -1,0 +1,75 @@
+"""Runs of rows, each times its own matrix of a stack: one product for each matrix, of as many rows as it happens to get.
+
+A run without rows costs a call of an operator, and reads nothing of its matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from sparc.codegen.encoded import Activation, Encoded, match_encoded
+from sparc.codegen.onnx.emit import Emitter
+from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
+from sparc.codegen.onnx.sites.product import Product, ProductLowering
+from sparc.program import is_weight
+
+
+def multiply_runs(e: Emitter, node: fx.Node, lowerings: Sequence[ProductLowering]) -> ir.Value:
+    """`grouped_linear(x, weight, ends)`; an encoded weight stays so where a lowering carries each of its matrices."""
+    x, weight, ends = node.args
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    runs = _runs(e, x, ends, weight.meta["val"].shape[0])
+    encoded = match_encoded(e.program, weight)
+    products = None
+    if encoded is not None and str(encoded.view) == "matrix":
+        products = _encoded_products(e, node, encoded, runs, lowerings)
+    if products is None:
+        products = _dense_products(e, weight, runs)
+    fake = node.meta["val"]
+    rest = e.op("Shape", runs[-1], start=0, end=1)
+    zeros = e.op("Expand", e.const(0, fake.dtype), e.op("Concat", rest, e.ints([fake.shape[1]]), axis=0))
+    return e.op("Concat", *products, zeros, axis=0)  # type: ignore[no-any-return]
+
+
+def _runs(e: Emitter, x: fx.Node, ends: Any, count: int) -> list[ir.Value]:
+    """The rows of every run, and those behind the last one."""
+    stops = e.op("Concat", e.cast(ends, torch.int64), e.op("Shape", x, start=0, end=1), axis=0)
+    starts = e.op("Concat", e.ints([0]), e.cast(ends, torch.int64), axis=0)
+    made: Sequence[ir.Value] = e.op("Split", x, e.op("Sub", stops, starts), axis=0, outputs=count + 1)
+    return list(made)
+
+
+def _dense_products(e: Emitter, weight: fx.Node, runs: Sequence[ir.Value]) -> list[ir.Value]:
+    if is_weight(weight):
+        matrices = [e.weight(str(weight.target), "transpose", part=index) for index in range(len(runs) - 1)]
+    else:
+        turned = e.op("Transpose", weight, perm=[0, 2, 1])
+        matrices = [e.op("Gather", turned, e.const(index, torch.int64), axis=0) for index in range(len(runs) - 1)]
+    return [e.op("MatMul", rows, matrix) for rows, matrix in zip(runs, matrices, strict=False)]
+
+
+def _encoded_products(
+    e: Emitter, node: fx.Node, weight: Encoded, runs: Sequence[ir.Value], lowerings: Sequence[ProductLowering]
+) -> list[ir.Value] | None:
+    """None when no lowering carries the matrices."""
+    stack = int_matrix(e, weight)
+    if stack is None:
+        return None
+    sites = [_site(e, node, weight, replace(stack, index=index), rows) for index, rows in enumerate(runs[:-1])]
+    for lowering in lowerings:
+        products = [lowering(e, sites[0])]
+        if products[0] is not None:
+            return products + [lowering(e, site) for site in sites[1:]]  # type: ignore[return-value]
+    return None
+
+
+def _site(e: Emitter, node: fx.Node, weight: Encoded, matrix: IntMatrix, rows: ir.Value) -> Product:
+    """The product of one run; a node of no graph stands for its rows, whose number is at most that of all."""
+    x = fx.Graph().placeholder("rows")
+    x.meta = dict(node.args[0].meta)  # type: ignore[union-attr]
+    e.assign(x, rows)
+    return Product(node, Activation(x, "float", x), weight, matrix, copies=weight.shape[0])
