@@ -369,5 +369,5 @@ def _all_inputs(node: ir.Node) -> list[ir.Value]:
         if attribute.type == ir.AttributeType.GRAPH:
             inner = attribute.as_graph()
             read += [value for each in inner.all_nodes() for value in each.inputs if value is not None]
-            read += inner.outputs
+            read += list(inner.outputs)
     return read

@@ -1,6 +1,7 @@
 """Runs of rows, each times its own matrix of a stack: one product for each matrix, of as many rows as it happens to get.
 
-A run without rows costs a call of an operator, and reads nothing of its matrix.
+A run without rows costs a call of an operator, and reads nothing of its matrix: ONNX Runtime's products return at once,
+and a matrix that is dequantized before its product is so in a branch of its own.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from torch import fx
 from sparc.codegen.encoded import Activation, Encoded, match_encoded
 from sparc.codegen.onnx.emit import Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
+from sparc.codegen.onnx.sites.expand import can_dequantize, dequantized_product
 from sparc.codegen.onnx.sites.product import Product, ProductLowering
+from sparc.codegen.onnx.types import onnx_type
 from sparc.program import is_weight
 
 
@@ -61,10 +64,37 @@ def _encoded_products(
         return None
     sites = [_site(e, node, weight, replace(stack, index=index), rows) for index, rows in enumerate(runs[:-1])]
     for lowering in lowerings:
+        if lowering is dequantized_product:
+            lowering = _if_any
         products = [lowering(e, sites[0])]
         if products[0] is not None:
             return products + [lowering(e, site) for site in sites[1:]]  # type: ignore[return-value]
     return None
+
+
+def _if_any(e: Emitter, site: Product) -> ir.Value | None:
+    """`dequantized_product` where there are rows."""
+    if site.matrix is None or not can_dequantize(e, site.matrix):
+        return None
+    dtype, out = site.weight.dtype, site.matrix.shape[0]
+    rows = e.value(site.x.node)
+
+    def product() -> ir.Value:
+        made = dequantized_product(e, site)
+        assert made is not None
+        return _typed(made, dtype, out)
+
+    def nothing() -> ir.Value:
+        return _typed(e.op("Expand", e.const(0, dtype), [0, out]), dtype, out)
+
+    branches = [e.builder.branch(each) for each in (product, nothing)]
+    some = e.op("Greater", e.op("Size", rows), e.const(0, torch.int64))
+    return e.op("If", some, then_branch=branches[0], else_branch=branches[1])  # type: ignore[no-any-return]
+
+
+def _typed(value: ir.Value, dtype: torch.dtype, out: int) -> ir.Value:
+    value.type, value.shape = ir.TensorType(onnx_type(dtype)), ir.Shape([None, out])
+    return value
 
 
 def _site(e: Emitter, node: fx.Node, weight: Encoded, matrix: IntMatrix, rows: ir.Value) -> Product:
