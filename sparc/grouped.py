@@ -20,7 +20,7 @@ _library.define("grouped_linear(Tensor x, Tensor weight, Tensor ends) -> Tensor"
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`x` `[rows, in]`, `weight` `[runs, out, in]` of the same dtype, `ends` `[runs]` integers => `[rows, out]`."""
     result = x.new_zeros(x.shape[0], weight.shape[1])
-    for matrix, rows in zip(weight, _runs(ends), strict=True):
+    for matrix, rows in zip(weight, runs(ends), strict=True):
         torch.mm(x[rows], matrix.t(), out=result[rows])
     return result
 
@@ -34,7 +34,8 @@ def _grouped_linear_type(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-def _runs(ends: Tensor) -> Iterator[slice]:
+def runs(ends: Tensor) -> Iterator[slice]:
+    """The rows of every run."""
     start = 0
     for end in ends.tolist():
         yield slice(start, end)
@@ -51,11 +52,19 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
     if ctx.needs_input_grad[0]:
         of_x = torch.ops.sparc.grouped_linear(gradient, weight.transpose(-1, -2), ends)
     if ctx.needs_input_grad[1]:
-        of_weight = torch.stack([gradient[rows].t() @ x[rows] for rows in _runs(ends)])
+        of_weight = torch.stack([gradient[rows].t() @ x[rows] for rows in runs(ends)])
     return of_x, of_weight, None
 
 
 register_autograd("sparc::grouped_linear", _backward, setup_context=_keep, lib=_library)
+
+
+def grouped_mm(x: Tensor, matrices: Tensor, offs: Tensor | None = None, *rest: Any, **options: Any) -> Tensor:
+    """`aten::_grouped_mm`, also in float64 where it is a product of runs of rows: torch has no kernel for that."""
+    plain = not any(each is not None for each in (*rest, *options.values()))
+    if offs is None or x.ndim != 2 or matrices.ndim != 3 or not plain:
+        return torch._grouped_mm(x, matrices, offs, *rest, **options)
+    return torch.ops.sparc.grouped_linear(x, matrices.transpose(-1, -2), offs)  # type: ignore[no-any-return]
 
 
 def is_grouped_linear(value: object) -> bool:

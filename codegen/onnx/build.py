@@ -67,8 +67,8 @@ class Builder:
         self._seen[key] = made.outputs
         return made.outputs
 
-    def branch(self, make: Callable[[], ir.Value]) -> ir.Graph:
-        """What `make` computes as a graph of its own, which may read every value of this one.
+    def branch(self, make: Callable[[], ir.Value | None]) -> ir.Graph | None:
+        """What `make` computes, if it does, as a graph of its own, which may read every value of this one.
 
         Nothing outside shares its nodes; what it makes must not be a size, which would be remembered.
         """
@@ -76,7 +76,7 @@ class Builder:
         self.nodes, self._seen = [], dict(seen)
         try:
             result = make()
-            return ir.Graph([], [result], nodes=self.nodes, name=self.name("branch"))
+            return None if result is None else ir.Graph([], [result], nodes=self.nodes, name=self.name("branch"))
         finally:
             self.nodes, self._seen = nodes, seen
 

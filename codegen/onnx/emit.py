@@ -228,8 +228,8 @@ class Emitter:
         dims: Sequence[int] | None = None,
         part: int | None = None,
     ) -> ir.Value:
-        """An initializer over a program weight stored in a layout; `dtype` and `dims` re-read the stored bytes, or those
-        of one `part` of its first axis.
+        """An initializer over a program weight stored in a layout; `dtype` and `dims` re-read the stored bytes, `part`
+        only those of one place on the first axis.
         """
         return self._initializer(initializer(self.store.weight(name, layout, shape), dtype, dims, part))
 

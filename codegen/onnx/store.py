@@ -35,7 +35,8 @@ class Store:
     """Stored tensors, shared by every entry of a program.
 
     An initializer is named as the stored tensor it reads, or that name, `#` and how it reads the same bytes differently
-    (`lm_head.weight_codes#[49152,18,16]`), and where it reads one matrix of a stack, `@` and which (`experts#[64,32]@3`).
+    (`lm_head.weight_codes#[49152,18,16]`), and where it reads one matrix of a stack, `@` and which one
+    (`experts#[64,32]@3`).
 
     Args:
         weights: the program's weights.

@@ -47,7 +47,9 @@ def raise_grouped(m: Match) -> Result:
         weight = transposed_weight(m)
     elif len(m.nodes) == 1:
         weight = m.op.transpose(weight, 1, 2)
-    return weight if isinstance(weight, Skip) else m.op.sparc.grouped_linear(m.x, weight, m.ends)
+    if isinstance(weight, Skip):
+        return weight
+    return m.call(torch.ops.sparc.grouped_linear.default, m.x, weight, m.ends)
 
 
 GROUPED = (raise_grouped,)

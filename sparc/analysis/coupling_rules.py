@@ -276,7 +276,7 @@ RULES: dict[str, Rule] = {
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule of a node's operator; None when there is none."""
-    if not isinstance(node.target, OpOverload) or node.target.namespace not in ("aten", "transformers"):
+    if not isinstance(node.target, OpOverload) or node.target.namespace not in ("aten", "sparc"):
         return None
     found = RULES.get(node.target._opname)
     max_or_min = node.target._opname in ("max", "min") and len(_tensors(node)) == 2

@@ -1,11 +1,12 @@
-"""Runs of rows, each times its own matrix of a stack: one product for each matrix, of as many rows as it happens to get.
+"""Runs of rows, each times its own matrix of a stack: one product for each matrix, of as many rows as it gets.
 
 A run without rows costs a call of an operator, and reads nothing of its matrix: ONNX Runtime's products return at once,
-and a matrix that is dequantized before its product is so in a branch of its own.
+and what would dequantize a matrix first is a branch of its own.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -13,9 +14,9 @@ import torch
 from torch import fx
 
 from sparc.codegen.encoded import Activation, Encoded, match_encoded
-from sparc.codegen.onnx.emit import Emitter
+from sparc.codegen.onnx.emit import Emitter, Result
 from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
-from sparc.codegen.onnx.sites.expand import can_dequantize, dequantized_product
+from sparc.codegen.onnx.sites.expand import dequantized_product
 from sparc.codegen.onnx.sites.product import Product, ProductLowering
 from sparc.codegen.onnx.types import onnx_type
 from sparc.program import is_weight
@@ -24,7 +25,8 @@ from sparc.program import is_weight
 def multiply_runs(e: Emitter, node: fx.Node, lowerings: Sequence[ProductLowering]) -> ir.Value:
     """`grouped_linear(x, weight, ends)`; an encoded weight stays so where a lowering carries each of its matrices."""
     x, weight, ends = node.args
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
     runs = _runs(e, x, ends, weight.meta["val"].shape[0])
     encoded = match_encoded(e.program, weight)
     products = None
@@ -64,30 +66,30 @@ def _encoded_products(
         return None
     sites = [_site(e, node, weight, replace(stack, index=index), rows) for index, rows in enumerate(runs[:-1])]
     for lowering in lowerings:
-        if lowering is dequantized_product:
-            lowering = _if_any
-        products = [lowering(e, sites[0])]
+        guarded = lowering is dequantized_product or "minimum" in stack.grid.grid_names
+        carry = partial(_if_any, lowering=lowering) if guarded else lowering
+        products = [carry(e, sites[0])]
         if products[0] is not None:
-            return products + [lowering(e, site) for site in sites[1:]]  # type: ignore[return-value]
+            return products + [carry(e, site) for site in sites[1:]]  # type: ignore[return-value]
     return None
 
 
-def _if_any(e: Emitter, site: Product) -> ir.Value | None:
-    """`dequantized_product` where there are rows."""
-    if site.matrix is None or not can_dequantize(e, site.matrix):
-        return None
+def _if_any(e: Emitter, site: Product, lowering: ProductLowering) -> Result:
+    """A product where there are rows; ONNX Runtime also cannot sum over the groups of no rows."""
+    assert site.matrix is not None
     dtype, out = site.weight.dtype, site.matrix.shape[0]
     rows = e.value(site.x.node)
 
-    def product() -> ir.Value:
-        made = dequantized_product(e, site)
-        assert made is not None
-        return _typed(made, dtype, out)
+    def product() -> ir.Value | None:
+        made = lowering(e, site)
+        return _typed(made, dtype, out) if isinstance(made, ir.Value) else None
 
     def nothing() -> ir.Value:
         return _typed(e.op("Expand", e.const(0, dtype), [0, out]), dtype, out)
 
     branches = [e.builder.branch(each) for each in (product, nothing)]
+    if branches[0] is None:
+        return None
     some = e.op("Greater", e.op("Size", rows), e.const(0, torch.int64))
     return e.op("If", some, then_branch=branches[0], else_branch=branches[1])  # type: ignore[no-any-return]
 

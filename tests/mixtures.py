@@ -1,0 +1,58 @@
+"""A mixture of experts whose routing is an input, so that tests can say which expert gets which rows."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations import moe  # noqa: F401 - defines transformers::grouped_mm_fallback
+
+from sparc import grouped  # noqa: F401 - defines sparc::grouped_linear
+
+EXPERTS, WIDTH, INNER = 4, 32, 48
+ROUTES = {
+    "one token": [2],
+    "an expert without tokens": [0, 3, 3, 1, 0, 1, 3],
+    "an expert with all tokens": [2] * 7,
+    "33 tokens": [(5 * token) % EXPERTS for token in range(33)],
+}
+
+
+class Mixture(nn.Module):
+    """Gated units; `experts` `[tokens]` says which one a row of `x` `[tokens, 32]` meets.
+
+    Args:
+        spelling: `grouped_linear`; `grouped_mm` with weights `[experts, out, in]` that are transposed; `stored`, with
+            weights stored as `[experts, in, out]`.
+    """
+
+    def __init__(self, spelling: str = "grouped_linear") -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = (EXPERTS, 2 * INNER, WIDTH), (EXPERTS, WIDTH, INNER)
+        up, down = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes)
+        self.spelling = spelling
+        self.up = nn.Parameter(up.mT.contiguous() if spelling == "stored" else up)
+        self.down = nn.Parameter(down.mT.contiguous() if spelling == "stored" else down)
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        order = torch.argsort(experts, stable=True)
+        ends = (experts[:, None] <= torch.arange(EXPERTS)).sum(0).to(torch.int32)
+        gate, up = self.product(x[order], self.up, ends).chunk(2, dim=-1)
+        result = self.product(F.silu(gate) * up, self.down, ends)
+        return torch.zeros_like(result).index_copy(0, order, result)
+
+    def product(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        if self.spelling == "grouped_linear":
+            return torch.ops.sparc.grouped_linear(x, weight, ends)  # type: ignore[no-any-return]
+        matrices = weight if self.spelling == "stored" else weight.transpose(-2, -1)
+        if x.dtype == torch.bfloat16:  # the only one that torch.export knows the type of
+            return torch._grouped_mm(x, matrices, offs=ends)
+        return torch.ops.transformers.grouped_mm_fallback(x, matrices, ends)  # type: ignore[no-any-return]
+
+
+def inputs(route: str) -> tuple[Tensor, Tensor]:
+    """Rows and their experts."""
+    experts = torch.tensor(ROUTES[route])
+    return torch.randn(len(experts), WIDTH, generator=torch.Generator().manual_seed(1)), experts
+
+
+DYNAMIC = {"x": {0: "tokens"}, "experts": {0: "tokens"}}
