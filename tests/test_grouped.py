@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparc import grouped  # noqa: F401 - defines the operator
+from sparc import grouped
 
 ENDS = {
     "every run has rows": [2, 5, 9],
@@ -28,6 +28,13 @@ def test_each_row_meets_the_matrix_of_its_run(case: str) -> None:
         run = next((index for index, end in enumerate(ENDS[case]) if row < end), None)
         expected = torch.zeros(4).double() if run is None else (weight[run] * x[row]).sum(-1)
         assert torch.allclose(result[row], expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_the_kernel_of_torch_means_the_same(case: str) -> None:
+    x, weight = torch.randn(9, 16), torch.randn(3, 8, 16)
+    ends = torch.tensor(ENDS[case])
+    assert torch.allclose(grouped.at_once(x, weight, ends), torch.ops.sparc.grouped_linear(x, weight, ends), atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ENDS)
