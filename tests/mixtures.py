@@ -56,3 +56,38 @@ def inputs(route: str) -> tuple[Tensor, Tensor]:
 
 
 DYNAMIC = {"x": {0: "tokens"}, "experts": {0: "tokens"}}
+
+
+class Routed(nn.Module):
+    """Gated units behind a router, spelt as transformers spells them; `twist` makes it something else.
+
+    Args:
+        twist: `activation`, `halves`, `return`, `repeated`: another activation, the other half activated, rows that go
+            back elsewhere, experts that may be chosen twice; empty for none.
+    """
+
+    def __init__(self, twist: str = "") -> None:
+        super().__init__()
+        mixture = Mixture()
+        generator = torch.Generator().manual_seed(2)
+        self.router = nn.Parameter(torch.randn(EXPERTS, WIDTH, generator=generator))
+        self.up = nn.Parameter(mixture.up.data[:, :64].clone())  # 32 columns are a block for each of the weights
+        self.down = nn.Parameter(mixture.down.data[..., :32].clone())
+        self.twist = twist
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares, chosen = torch.topk(F.linear(x, self.router).softmax(-1), 2)
+        if self.twist == "repeated":
+            chosen = chosen // 2
+        experts, place = torch.sort(chosen.reshape(-1))
+        ends = torch.cumsum(torch.histc(experts.float(), EXPERTS, 0, EXPERTS - 1), 0, dtype=torch.int32)
+        rows = torch.ops.sparc.grouped_linear(x[place // 2], self.up, ends)
+        gate, up = rows.chunk(2, dim=-1)
+        gate, up = (up, gate) if self.twist == "halves" else (gate, up)
+        gated = (F.gelu if self.twist == "activation" else F.silu)(gate) * up
+        result = torch.ops.sparc.grouped_linear(gated, self.down, ends)
+        weighted = result * shares.reshape(-1)[place].unsqueeze(-1)
+        back = torch.empty_like(place)
+        back[place] = torch.arange(place.shape[0])
+        back = back.flip(0) if self.twist == "return" else back
+        return weighted[back].reshape(x.shape[0], 2, WIDTH).sum(1)

@@ -1,4 +1,4 @@
-"""Runs of rows with stacked matrices on the target `cuda`: no kernel is generated, and the program runs all the same."""
+"""Runs of rows with stacked matrices on the target `cuda`: no kernel is generated, and the program runs anyway."""
 
 import pytest
 import torch
