@@ -82,12 +82,38 @@ class Routed(nn.Module):
         experts, place = torch.sort(chosen.reshape(-1))
         ends = torch.cumsum(torch.histc(experts.float(), EXPERTS, 0, EXPERTS - 1), 0, dtype=torch.int32)
         rows = torch.ops.sparc.grouped_linear(x[place // 2], self.up, ends)
-        gate, up = rows.chunk(2, dim=-1)
-        gate, up = (up, gate) if self.twist == "halves" else (gate, up)
-        gated = (F.gelu if self.twist == "activation" else F.silu)(gate) * up
-        result = torch.ops.sparc.grouped_linear(gated, self.down, ends)
+        result = torch.ops.sparc.grouped_linear(self.unit(self.biased(rows, self.up, experts)), self.down, ends)
+        result = self.biased(result, self.down, experts)
         weighted = result * shares.reshape(-1)[place].unsqueeze(-1)
         back = torch.empty_like(place)
         back[place] = torch.arange(place.shape[0])
         back = back.flip(0) if self.twist == "return" else back
         return weighted[back].reshape(x.shape[0], 2, WIDTH).sum(1)
+
+    def unit(self, rows: Tensor) -> Tensor:
+        gate, up = rows.chunk(2, dim=-1)
+        gate, up = (up, gate) if self.twist == "halves" else (gate, up)
+        return (F.gelu if self.twist == "activation" else F.silu)(gate) * up
+
+    def biased(self, rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+        return rows
+
+
+class Clamped(Routed):
+    """The same with biases, gate and line in turns, and both clamped, as gpt-oss has it; twisted by `bounds`."""
+
+    def __init__(self, twist: str = "") -> None:
+        super().__init__(twist)
+        generator = torch.Generator().manual_seed(4)
+        self.up_bias, self.down_bias = (
+            nn.Parameter(torch.randn(weight.shape[:2], generator=generator)) for weight in (self.up, self.down)
+        )
+
+    def unit(self, rows: Tensor) -> Tensor:
+        gate, line = rows[..., ::2], rows[..., 1::2]
+        gate, line = gate.clamp(max=1.5), line.clamp(min=-1.0 if self.twist == "bounds" else -1.5, max=1.5)
+        return (line + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+    def biased(self, rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+        bias = self.up_bias if weight is self.up else self.down_bias
+        return rows + bias[experts]

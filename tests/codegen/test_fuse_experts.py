@@ -13,7 +13,7 @@ from sparc.program import Program
 from sparc.target import KernelUse
 from tests.codegen.emitting import assert_agrees, emit, operators
 from tests.codegen.encoding import encode_weights
-from tests.mixtures import EXPERTS, WIDTH, Routed
+from tests.mixtures import EXPERTS, WIDTH, Clamped, Routed
 
 TAKEN = [IntGrid(8), IntGrid(4, 32), IntGrid(4, 32, symmetric=False), IntGrid(4, 16), IntGrid(4, 16, symmetric=False)]
 LEFT: list[Encoding] = [
@@ -33,8 +33,8 @@ def tokens(count: int) -> Tensor:
     return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(3))
 
 
-def program(grid: Encoding, twist: str = "") -> Program:
-    captured = capture(Routed(twist), (tokens(5),), dynamic={"x": {0: "tokens"}})
+def program(grid: Encoding, twist: str = "", kind: type[Routed] = Routed) -> Program:
+    captured = capture(kind(twist), (tokens(5),), dynamic={"x": {0: "tokens"}})
     return encode_weights(captured, grid, only="grouped")
 
 
@@ -48,9 +48,10 @@ def agrees(chosen: Program, flavour: str = "cpu") -> list[str]:
     return operators(emission)
 
 
+@pytest.mark.parametrize("kind", [Routed, Clamped])
 @pytest.mark.parametrize("grid", TAKEN, ids=str)
-def test_one_operator_computes_it(grid: IntGrid) -> None:
-    names = agrees(program(grid))
+def test_one_operator_computes_it(grid: IntGrid, kind: type[Routed]) -> None:
+    names = agrees(program(grid, kind=kind))
     assert names.count("QMoE") == 1
     assert not {"Split", "MatMulNBits", "TopK"} & set(names[names.index("ScatterElements") :])
 
@@ -65,9 +66,12 @@ def test_other_flavours_do_without(flavour: str) -> None:
     assert "QMoE" not in agrees(program(IntGrid(8)), flavour)
 
 
-@pytest.mark.parametrize("twist", ["activation", "halves", "return", "repeated"])
-def test_what_looks_like_a_mixture_is_none(twist: str) -> None:
-    assert "QMoE" not in agrees(program(IntGrid(8), twist))
+@pytest.mark.parametrize(
+    ("kind", "twist"),
+    [(Routed, "activation"), (Routed, "halves"), (Routed, "return"), (Routed, "repeated"), (Clamped, "bounds")],
+)
+def test_what_looks_like_a_mixture_is_none(kind: type[Routed], twist: str) -> None:
+    assert "QMoE" not in agrees(program(IntGrid(8), twist, kind))
 
 
 def test_codes_stay_in_memory() -> None:

@@ -1,13 +1,13 @@
 """A whole mixture of experts on encoded weights: ONNX Runtime's QMoE, which keeps them encoded in memory.
 
-Its CPU kernel was compared with float64 (ONNX Runtime 1.31.1). Gate and projection lie row by row in turns. A token goes
-to the `k` greatest of `router_probs`, and each expert's result counts by its entry of `router_weights` (since 1.25).
-Codes of 4 bits in blocks, and codes of 8 bits with a scale for each row, meet floats. With codes of 8 bits in blocks x is
-rounded, so they are not given to it.
+Its CPU kernel was compared with float64 (ONNX Runtime 1.31.1). Gate and projection lie row by row in turns. A token
+goes to the `k` greatest of `router_probs`, and each expert's result counts by its entry of `router_weights` (since
+1.25). Codes of 4 bits in blocks, and codes of 8 bits with a scale for each row, meet floats. With codes of 8 bits in
+blocks x is rounded, so they are not given to it.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -28,31 +28,58 @@ _MS = "com.microsoft"
 _BLOCKS = (16, 32, 64, 128)
 
 
-def _mixture(
-    op: Operators, x: Any, chosen: Any, shares: Any, up: Any, down: Any, each: Any, runs: Any, last: Any, written: Any,
-    count: Any, shape: Any,
-) -> Any:  # fmt: skip
+def _mixture(op: Operators, gated: Callable[..., Any], bound: Mapping[str, Any], biased: bool) -> Any:
     """Rows sorted by expert, a gated unit for each, and every token's weighted sum."""
-    order = op.sort(op.reshape(chosen, op.any()))
-    place = op.getitem(order, 1)
-    ends = op.cumsum(op.histc(op.to(op.getitem(order, 0), op.any()), runs, 0, last), 0, dtype=op.any())
-    rows = op.sparc.grouped_linear(op.index(x, [op.floor_divide(place, each)]), up, ends)
+    order = op.sort(op.reshape(bound["chosen"], op.any()))
+    experts, place = op.getitem(order, 0), op.getitem(order, 1)
+    ends = op.cumsum(op.histc(op.to(experts, op.any()), bound["runs"], 0, bound["last"]), 0, dtype=op.any())
+
+    def product(rows: Any, name: str) -> Any:
+        result = op.sparc.grouped_linear(rows, bound[name], ends)
+        return op.add(result, op.index(op.weight(bound[f"{name}_bias"]), [experts])) if biased else result
+
+    rows = product(op.index(bound["x"], [op.floor_divide(place, bound["each"])]), "up")
+    share = op.unsqueeze(op.index(op.reshape(bound["shares"], op.any()), [place]), -1)
+    weighted = op.mul(product(gated(op, rows, bound), "down"), share)
+    back = op.index_put(bound["written"], [place], bound["count"])
+    return op.sum(op.reshape(op.index(weighted, [back]), op.any()), [1])
+
+
+def _silu(op: Operators, rows: Any, bound: Mapping[str, Any]) -> Any:
+    """The first half, activated, times the second."""
     halves = op.chunk(rows, 2, -1)
-    gated = op.mul(op.silu(op.getitem(halves, 0)), op.getitem(halves, 1))
-    share = op.unsqueeze(op.index(op.reshape(shares, op.any()), [place]), -1)
-    weighted = op.mul(op.sparc.grouped_linear(gated, down, ends), share)
-    back = op.index_put(written, [place], count)
-    return op.sum(op.reshape(op.index(weighted, [back]), shape), [1])
+    return op.mul(op.silu(op.getitem(halves, 0)), op.getitem(halves, 1))
 
 
-_PATTERN = trace(_mixture)
+def _clamped(op: Operators, rows: Any, bound: Mapping[str, Any]) -> Any:
+    """`g * sigmoid(alpha * g) * (l + beta)` of rows in turns, both clamped."""
+    gate = op.clamp(op.slice(rows, 1, 0, op.any(), 2), None, bound["limit"])
+    line = op.clamp(op.slice(rows, 1, 1, op.any(), 2), bound["least"], bound["limit"])
+    return op.mul(op.add(line, bound["beta"]), op.mul(gate, op.sigmoid(op.mul(gate, bound["alpha"]))))
+
+
+def _plain_mixture(
+    op: Operators, x: Any, chosen: Any, shares: Any, up: Any, down: Any, each: Any, runs: Any, last: Any, written: Any,
+    count: Any,
+) -> Any:  # fmt: skip
+    return _mixture(op, _silu, locals(), biased=False)
+
+
+def _biased_mixture(
+    op: Operators, x: Any, chosen: Any, shares: Any, up: Any, down: Any, up_bias: Any, down_bias: Any, each: Any,
+    runs: Any, last: Any, written: Any, count: Any, limit: Any, least: Any, alpha: Any, beta: Any,
+) -> Any:  # fmt: skip
+    return _mixture(op, _clamped, locals(), biased=True)
+
+
+_PATTERNS = (trace(_plain_mixture), trace(_biased_mixture))
 
 
 def plan_experts(plan: Plan, node: fx.Node) -> None:
     """Let QMoE compute a mixture whose two weights it takes as they are."""
     if plan.target.flavour != "cpu" or node.target is not aten.sum.dim_IntList:
         return
-    found = match(_PATTERN, node)
+    found = next((found for pattern in _PATTERNS if (found := match(pattern, node)) is not None), None)
     if found is None or not _is_proved(node, found.values):
         return
     weights = [match_encoded(plan.program, found.values[name]) for name in ("up", "down")]
@@ -71,7 +98,8 @@ def _is_proved(node: fx.Node, found: Mapping[str, Any]) -> bool:
         return False
     tokens, each = shape_of(chosen)
     return (
-        _is_top(chosen, experts)
+        found.get("least", 0) == -found.get("limit", 0)
+        and _is_top(chosen, experts)
         and (found["each"], found["runs"], found["last"]) == (each, experts, experts - 1)
         and same_shape(shape_of(found["shares"]), (tokens, each))
         and same_shape(shape_of(node.args[0]), (tokens, each, x.shape[1]))  # type: ignore[arg-type]
@@ -109,15 +137,18 @@ def _emit(e: "Emitter", found: Mapping[str, Any], up: Encoded, down: Encoded) ->
     ones = e.op("Expand", e.const(1, torch.float32), e.op("Shape", chosen))
     selected = e.op("ScatterElements", nothing, chosen, ones, axis=1)
     shares = e.op("ScatterElements", nothing, chosen, found["shares"], axis=1)
-    (codes, scale, zero), (codes2, scale2, zero2) = _parts(e, up, "interleave+"), _parts(e, down, "")
-    inputs = (codes, scale, None, codes2, scale2, None, None, None, None, zero, zero2, None)
+    order = "" if "limit" in found else "interleave+"
+    (codes, scale, zero), (codes2, scale2, zero2) = _parts(e, up, order), _parts(e, down, "")
+    first, second = found.get("up_bias"), found.get("down_bias")
+    inputs = (codes, scale, first, codes2, scale2, second, None, None, None, zero, zero2, None)
     for weight in (up, down):
         size = sum(part.nbytes for part in weight.tensors(e.program).values())
         e.carry(weight.site, KernelUse("QMoE", size))
     return e.op(  # type: ignore[no-any-return]
         "QMoE", found["x"], selected, *inputs, shares, domain=_MS, k=found["each"], expert_weight_bits=grid.bits,
-        block_size=grid.group if grid.bits == 4 else None, activation_type="swiglu", activation_alpha=1.0,
-        swiglu_fusion=1, normalize_routing_weights=0,
+        block_size=grid.group if grid.bits == 4 else None, activation_type="swiglu", swiglu_fusion=1,
+        activation_alpha=float(found.get("alpha", 1)), activation_beta=float(found.get("beta", 0)),
+        swiglu_limit=found.get("limit"), normalize_routing_weights=0,
     )  # fmt: skip
 
 
