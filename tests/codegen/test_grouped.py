@@ -48,6 +48,16 @@ def test_every_route(grid: Encoding | None, flavour: str) -> None:
         assert_agrees(program, emission, list(inputs(route)), EXACT)
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("spelling", ["grouped_mm", "stored"])
+def test_what_was_not_raised(spelling: str, flavour: str) -> None:
+    program = capture(Mixture(spelling), inputs("33 tokens"), dynamic=DYNAMIC)
+    assert "grouped_mm_fallback" in program.text()
+    emission = emit(program, flavour)
+    for route in ROUTES:
+        assert_agrees(program, emission, list(inputs(route)), EXACT)
+
+
 def nested(graph: onnx.GraphProto) -> list[str]:
     """The operators of a graph and of its branches."""
     found = []

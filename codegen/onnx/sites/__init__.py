@@ -6,7 +6,7 @@ from sparc.codegen.onnx.emit import Emitter, Result
 from sparc.codegen.onnx.sites.activation import decode, quantize
 from sparc.codegen.onnx.sites.embedding import embedding
 from sparc.codegen.onnx.sites.expand import decode_weight, dequantized_product
-from sparc.codegen.onnx.sites.grouped import multiply_runs
+from sparc.codegen.onnx.sites.grouped import multiply_runs, multiply_stored_runs
 from sparc.codegen.onnx.sites.integer import integer_product
 from sparc.codegen.onnx.sites.nbits import nbits_product
 from sparc.codegen.onnx.sites.product import ProductLowering, match_product
@@ -18,6 +18,7 @@ PRODUCTS: dict[str, tuple[ProductLowering, ...]] = {
     "cpu": (integer_product, static_product, nbits_product),
     "cuda": (static_product, nbits_product, dequantized_product),
 }
+_GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 
 
 def product(e: Emitter, node: fx.Node) -> Result:
@@ -34,7 +35,9 @@ def product(e: Emitter, node: fx.Node) -> Result:
 
 def grouped(e: Emitter, node: fx.Node) -> Result:
     """Runs of rows times a matrix each; one that is encoded by the first lowering of the flavour that carries it."""
-    return multiply_runs(e, node, PRODUCTS[e.target.flavour]) if is_grouped_linear(node) else None
+    if is_grouped_linear(node):
+        return multiply_runs(e, node, PRODUCTS[e.target.flavour])
+    return multiply_stored_runs(e, node) if str(node.target) in _GROUPED else None
 
 
 def decoded(e: Emitter, node: fx.Node) -> Result:

@@ -19,6 +19,7 @@ from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
 from sparc.codegen.onnx.sites.expand import dequantized_product
 from sparc.codegen.onnx.sites.product import Product, ProductLowering
 from sparc.codegen.onnx.types import onnx_type
+from sparc.pattern import normalized_arguments
 from sparc.program import is_weight
 
 
@@ -34,8 +35,22 @@ def multiply_runs(e: Emitter, node: fx.Node, lowerings: Sequence[ProductLowering
         products = _encoded_products(e, node, encoded, runs, lowerings)
     if products is None:
         products = _dense_products(e, weight, runs)
+    return _joined(e, node, products, runs[-1])
+
+
+def multiply_stored_runs(e: Emitter, node: fx.Node) -> Result:
+    """The same as torch and transformers spell it, before it is raised: with matrices `[runs, in, out]`."""
+    x, matrices, ends, *rest = normalized_arguments(node).values()
+    if x.meta["val"].ndim != 2 or matrices.meta["val"].ndim != 3 or ends is None or any(rest):
+        return None
+    runs = _runs(e, x, ends, matrices.meta["val"].shape[0])
+    return _joined(e, node, _multiplied(e, matrices, runs), runs[-1])
+
+
+def _joined(e: Emitter, node: fx.Node, products: Sequence[ir.Value], behind: ir.Value) -> ir.Value:
+    """The products, and zeros for the rows behind them."""
     fake = node.meta["val"]
-    rest = e.op("Shape", runs[-1], start=0, end=1)
+    rest = e.op("Shape", behind, start=0, end=1)
     zeros = e.op("Expand", e.const(0, fake.dtype), e.op("Concat", rest, e.ints([fake.shape[1]]), axis=0))
     return e.op("Concat", *products, zeros, axis=0)  # type: ignore[no-any-return]
 
@@ -49,12 +64,16 @@ def _runs(e: Emitter, x: fx.Node, ends: Any, count: int) -> list[ir.Value]:
 
 
 def _dense_products(e: Emitter, weight: fx.Node, runs: Sequence[ir.Value]) -> list[ir.Value]:
-    if is_weight(weight):
-        matrices = [e.weight(str(weight.target), "transpose", part=index) for index in range(len(runs) - 1)]
-    else:
-        turned = e.op("Transpose", weight, perm=[0, 2, 1])
-        matrices = [e.op("Gather", turned, e.const(index, torch.int64), axis=0) for index in range(len(runs) - 1)]
+    if not is_weight(weight):
+        return _multiplied(e, e.op("Transpose", weight, perm=[0, 2, 1]), runs)
+    matrices = [e.weight(str(weight.target), "transpose", part=index) for index in range(len(runs) - 1)]
     return [e.op("MatMul", rows, matrix) for rows, matrix in zip(runs, matrices, strict=False)]
+
+
+def _multiplied(e: Emitter, matrices: Any, runs: Sequence[ir.Value]) -> list[ir.Value]:
+    """Each run times its matrix of `[runs, in, out]`."""
+    chosen = [e.op("Gather", matrices, e.const(index, torch.int64), axis=0) for index in range(len(runs) - 1)]
+    return [e.op("MatMul", rows, matrix) for rows, matrix in zip(runs, chosen, strict=False)]
 
 
 def _encoded_products(
