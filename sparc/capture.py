@@ -62,8 +62,7 @@ def capture(
     """Capture a model in eval mode as a Program with one entry.
 
     Args:
-        model: any module that torch.export can trace; its training flag is restored afterwards. A checkpoint's weights
-            keep their grids.
+        model: any module that torch.export can trace; its training flag and a checkpoint's grids are kept.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`. Equal names are
             equal sizes. Nested inputs are named with dots: `past.0.key`.

@@ -226,9 +226,12 @@ class Emitter:
         *,
         dtype: ir.DataType | None = None,
         dims: Sequence[int] | None = None,
+        part: int | None = None,
     ) -> ir.Value:
-        """An initializer over a program weight stored in a layout; `dtype` and `dims` re-read the stored bytes."""
-        return self._initializer(initializer(self.store.weight(name, layout, shape), dtype, dims))
+        """An initializer over a program weight stored in a layout; `dtype` and `dims` re-read the stored bytes, `part`
+        only those of one place on the first axis.
+        """
+        return self._initializer(initializer(self.store.weight(name, layout, shape), dtype, dims, part))
 
     def derived(
         self,
@@ -239,10 +242,11 @@ class Emitter:
         *,
         dtype: ir.DataType | None = None,
         dims: Sequence[int] | None = None,
+        part: int | None = None,
         of: Origin | None = None,
     ) -> ir.Value:
         """An initializer over a tensor computed while emitting; arguments as for `weight`, `of` for what it stores."""
-        return self._initializer(initializer(self.store.derived(name, tensor, layout, shape, of), dtype, dims))
+        return self._initializer(initializer(self.store.derived(name, tensor, layout, shape, of), dtype, dims, part))
 
     def carry(self, site: str, kernel: KernelUse) -> None:
         """Note what carries a weight; of several operators that hold it in memory, all are named and added up."""
@@ -365,5 +369,5 @@ def _all_inputs(node: ir.Node) -> list[ir.Value]:
         if attribute.type == ir.AttributeType.GRAPH:
             inner = attribute.as_graph()
             read += [value for each in inner.all_nodes() for value in each.inputs if value is not None]
-            read += inner.outputs
+            read += list(inner.outputs)
     return read

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparc import codes
-from sparc.codegen.onnx.store import is_packed, raw_bytes, stored_name
+from sparc.codegen.onnx.store import is_packed, raw_bytes, read_by
 from sparc.codegen.onnx.types import onnx_type, torch_type
 from sparc.diag import LoweringError
 from sparc.target import StoredTensor
@@ -123,7 +123,7 @@ def _attach(
     for tensor in bare.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        held = stored[stored_name(tensor.name)].tensor
+        held = read_by(tensor.name, stored)
         if is_packed_type(tensor.data_type) or held.numel() == 0:
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]

@@ -58,6 +58,7 @@ def plan_fusions(program: Program, entry: Entry, target: "OnnxTarget") -> Plan:
         target: standard attention and rotary embeddings need opset 23.
     """
     from sparc.codegen.onnx.fuse.attention import plan_attention
+    from sparc.codegen.onnx.fuse.experts import plan_experts
     from sparc.codegen.onnx.fuse.residual import plan_residual
     from sparc.codegen.onnx.fuse.rotary import plan_rotary
 
@@ -67,4 +68,5 @@ def plan_fusions(program: Program, entry: Entry, target: "OnnxTarget") -> Plan:
             plan_rotary(plan, node)
             plan_attention(plan, node)
             plan_residual(plan, node)
+            plan_experts(plan, node)
     return plan

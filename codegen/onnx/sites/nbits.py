@@ -23,7 +23,7 @@ def nbits_product(e: Emitter, site: Product) -> ir.Value | None:
     of one product: the coarse one as the program decodes it, so that rounding it again changes nothing.
     """
     w = site.matrix
-    if not e.target.contrib or w is None or len(site.weight.matrix_shape) != 2:
+    if not e.target.contrib or w is None or not site.is_matrix:
         return None
     block = block_size(w)
     if block is None:
@@ -87,7 +87,7 @@ def _codes(w: IntMatrix, block: int) -> ir.Value:
             rows = w.read("codes", dtype=ir.DataType.UINT8, dims=(out, blocks, blob))
             return w.e.op("BitwiseXor", rows, w.e.const(128, torch.uint8))
         return w.read("codes", flip or "identity", dims=(out, blocks, blob))
-    return w.read("codes", f"{flip}+pad".lstrip("+"), (out, blocks * blob), dims=(out, blocks, blob))
+    return w.read("codes", f"{flip}+pad".lstrip("+"), w.stored((out, blocks * blob)), dims=(out, blocks, blob))
 
 
 def _scale(w: IntMatrix, block: int) -> ir.Value:
@@ -122,7 +122,7 @@ def _zero(w: IntMatrix, block: int) -> ir.Value | None:
         return w.read("zero", "pack4") if w.grid.bits == 4 else w.read("zero")
     repeats = blocks if w.per_channel else w.grid.group // block  # type: ignore[operator]
     zeros = w.part("zero").expand(out, -1).repeat_interleave(repeats, dim=1)[:, :blocks].contiguous()
-    return w.e.derived(f"{w.weight.site}_zero_blocks", zeros, "pack4" if w.grid.bits == 4 else "identity")
+    return w.e.derived(w.named("zero_blocks"), zeros, "pack4" if w.grid.bits == 4 else "identity")
 
 
 def _minimum_part(e: Emitter, w: IntMatrix, x: Any, reduce: int) -> ir.Value:
