@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparc import codes
+from sparc.codegen.onnx.batch import row_by_row
 from sparc.codegen.onnx.store import is_packed, raw_bytes, stored_name
 from sparc.diag import LoweringError
 from sparc.target import StoredTensor
@@ -78,6 +79,7 @@ class OnnxRunner:
             raise LoweringError(
                 codes.RUNTIME_REJECTED, "ONNX Runtime refused the model", why=_first_line(error)
             ) from None
+        self._rows = row_by_row(model)
         self._inputs = [value.name for value in model.graph.input]
         self._outputs = [value.name for value in self.session.get_outputs()]
         self._booleans = {value.name for value in self.session.get_outputs() if value.type == "tensor(bool)"}
@@ -89,6 +91,11 @@ class OnnxRunner:
         Raises:
             LoweringError: SPARC406 when the runtime fails.
         """
+        if self._rows is not None and self._rows.needed(inputs):
+            return self._rows(self._run, inputs)
+        return self._run(inputs)
+
+    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         feeds = {name: _to_runtime(tensor) for name, tensor in zip(self._inputs, inputs, strict=True)}
         try:
             if self._device == "cuda":

@@ -20,9 +20,9 @@ class Plan:
     `lazy` are the nodes that a fused operator takes in: they are emitted only if something else reads them.
     """
 
-    def __init__(self, program: Program, target: "OnnxTarget") -> None:
-        """Args: the program, and the flavour and opset that decide what may be used."""
-        self.program, self.target = program, target
+    def __init__(self, program: Program, entry: Entry, target: "OnnxTarget") -> None:
+        """Args: the program, one of its entries, and the flavour and opset that decide what may be used."""
+        self.program, self.entry, self.target = program, entry, target
         self.lazy: set[fx.Node] = set()
         self._emit: dict[fx.Node, Emit] = {}
         self._rows: dict[tuple[fx.Node, int], Emit] = {}
@@ -61,7 +61,7 @@ def plan_fusions(program: Program, entry: Entry, target: "OnnxTarget") -> Plan:
     from sparc.codegen.onnx.fuse.residual import plan_residual
     from sparc.codegen.onnx.fuse.rotary import plan_rotary
 
-    plan = Plan(program, target)
+    plan = Plan(program, entry, target)
     for node in entry.graph.nodes:
         if node.op == "call_function":
             plan_rotary(plan, node)
