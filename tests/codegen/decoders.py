@@ -1,5 +1,6 @@
 """Tiny causal language models of transformers, and calls of their decoders with a cache."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,9 +48,11 @@ def tiny(name: str, **options: Any) -> nn.Module:
     return model
 
 
-def compiled(model: nn.Module, recipe: str = "exact", target: str = "onnx") -> Artifact:
-    """The artifact of the task; equality is checked by the tests."""
-    return sparc.compile(model, task="text-generation", recipe=recipe, target=target, measure=False, verify="types")
+@functools.cache
+def compiled(name: str, recipe: str = "exact", target: str = "onnx") -> Artifact:
+    """The artifact of a tiny model for the task; equality is checked by the tests."""
+    options = {"recipe": recipe, "target": target, "measure": False, "verify": "types"}
+    return sparc.compile(tiny(name), task="text-generation", **options)  # type: ignore[arg-type]
 
 
 def call(

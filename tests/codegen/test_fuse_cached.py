@@ -10,9 +10,10 @@ from sparc.artifact import Artifact
 from sparc.cache import Cache, CacheSlot
 from sparc.capture import capture
 from sparc.codegen.onnx.emission import OnnxEmission
+from sparc.codegen.onnx.runtime import OnnxRunner
 from sparc.codegen.onnx.target import OnnxTarget
 from sparc.target import EmitContext
-from tests.codegen.decoders import call, calls, compiled, tiny
+from tests.codegen.decoders import call, calls, compiled
 from tests.codegen.emitting import assert_agrees, operators
 
 GROUPED = ("llama", "mistral", "gpt2", "phi")
@@ -35,7 +36,7 @@ def assert_equal(artifact: Artifact) -> None:
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_proved_mask_gives_the_operator_that_appends_to_the_cache(name: str) -> None:
-    artifact = compiled(tiny(name))
+    artifact = compiled(name)
     found = operators(emission_of(artifact))
     assert found.count("GroupQueryAttention") == 2
     assert "Attention" not in found
@@ -43,21 +44,21 @@ def test_a_proved_mask_gives_the_operator_that_appends_to_the_cache(name: str) -
 
 
 def test_a_window_is_the_operators_own() -> None:
-    artifact = compiled(tiny("mistral"))
+    artifact = compiled("mistral")
     nodes = emission_of(artifact).models["forward"].graph.node
     windows = [a.i for node in nodes for a in node.attribute if a.name == "local_window_size"]
     assert windows == [6, 6]
 
 
 def test_portable_files_hold_standard_operators_only() -> None:
-    artifact = compiled(tiny("llama"), target="onnx:portable")
+    artifact = compiled("llama", target="onnx:portable")
     assert {node.domain for node in emission_of(artifact).models["forward"].graph.node} == {""}
     assert_equal(artifact)
 
 
 def test_sizes_come_from_the_mask_not_from_the_cache() -> None:
     """A cache may be longer than what it holds: nothing but the attention may read it."""
-    artifact = compiled(tiny("llama"))
+    artifact = compiled("llama")
     graph = emission_of(artifact).models["forward"].graph
     past = {value.name for value in graph.input if value.name.startswith("past_key_values")}
     readers = {node.op_type for node in graph.node if past & set(node.input)}
@@ -133,7 +134,23 @@ def test_causal_masks_are_proved(mask: Any) -> None:
 
 def test_the_rotation_takes_any_positions() -> None:
     """Positions are an input: a prompt may start anywhere, and rows of a batch at different places."""
-    artifact = compiled(tiny("llama"))
+    artifact = compiled("llama")
     inputs = call(artifact, [[1] * 6, [0, 0, 1, 1, 1, 1]], 6)
     inputs[2] = torch.tensor([[4, 9, 2, 30, 31, 7], [0, 5, 3, 3, 8, 1]])
     assert_agrees(artifact.program, emission_of(artifact), inputs, tolerance=4e-6)
+
+
+def test_logits_to_keep_may_be_left_out() -> None:
+    """The file has a default for it, the last token; any number of places can be given."""
+    artifact = compiled("llama")
+    runner = emission_of(artifact).runner(threads=1)
+    assert isinstance(runner, OnnxRunner)
+    names = artifact.program.main.signature.input_names
+    inputs = call(artifact, [[1] * 7], 5)
+    (want,) = artifact.program.run_flat(inputs)[:1]
+    feeds = {name: each.numpy() for name, each in zip(names, inputs, strict=True) if name != "logits_to_keep"}
+    (last,) = runner.session.run(["logits"], feeds)
+    torch.testing.assert_close(torch.from_numpy(last), want[:, -1:], rtol=1e-5, atol=1e-6)
+    for places in ([0], [1, 4], [4, 3, 2, 1, 0, 0]):
+        (some,) = runner.session.run(["logits"], {**feeds, "logits_to_keep": torch.tensor(places).numpy()})
+        torch.testing.assert_close(torch.from_numpy(some), want[:, places], rtol=1e-5, atol=1e-6)
