@@ -77,7 +77,7 @@ class OnnxRunner:
             self.session = runtime.InferenceSession(bare.SerializeToString(), settings, providers=providers)
         except Exception as error:  # ONNX Runtime raises a class per status code, all of them plain Exceptions
             raise LoweringError(
-                codes.RUNTIME_REJECTED, "ONNX Runtime refused the model", why=_first_line(error)
+                codes.RUNTIME_REJECTED, "ONNX Runtime refused the model", why=first_line(error)
             ) from None
         self._rows = row_by_row(model)
         self._inputs = [value.name for value in model.graph.input]
@@ -96,7 +96,7 @@ class OnnxRunner:
         return self._run(inputs)
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        feeds = {name: _to_runtime(tensor) for name, tensor in zip(self._inputs, inputs, strict=True)}
+        feeds = {name: to_runtime(tensor) for name, tensor in zip(self._inputs, inputs, strict=True)}
         try:
             if self._device == "cuda":
                 results = self._run_bound(feeds)
@@ -104,9 +104,9 @@ class OnnxRunner:
                 results = self.session.run_with_ort_values(self._outputs, feeds)
         except Exception as error:  # as above
             raise LoweringError(
-                codes.RUNTIME_REJECTED, "ONNX Runtime failed while running the model", why=_first_line(error)
+                codes.RUNTIME_REJECTED, "ONNX Runtime failed while running the model", why=first_line(error)
             ) from None
-        return [_to_torch(value, name in self._booleans) for name, value in zip(self._outputs, results, strict=True)]
+        return [to_torch(value, name in self._booleans) for name, value in zip(self._outputs, results, strict=True)]
 
     def _run_bound(self, feeds: Mapping[str, "onnxruntime.OrtValue"]) -> list[Any]:
         """Inputs stay where they are; outputs stay on the device until they are read."""
@@ -136,7 +136,7 @@ def _attach(
             tensor.raw_data = raw_bytes(held)
         else:
             names.append(tensor.name)
-            values.append(_to_runtime(held.reshape(tuple(tensor.dims))))
+            values.append(to_runtime(held.reshape(tuple(tensor.dims))))
     if names:
         settings.add_external_initializers(names, values)
     return bare, values
@@ -149,7 +149,8 @@ def is_packed_type(data_type: int) -> bool:
     return is_packed(ir.DataType(data_type))
 
 
-def _to_runtime(tensor: Tensor) -> "onnxruntime.OrtValue":
+def to_runtime(tensor: Tensor) -> "onnxruntime.OrtValue":
+    """A tensor as ONNX Runtime's value, over the same memory where that can be."""
     runtime = import_runtime()
     plain = tensor.detach().contiguous()
     if plain.dtype == torch.bool or plain.numel() == 0:
@@ -157,11 +158,13 @@ def _to_runtime(tensor: Tensor) -> "onnxruntime.OrtValue":
     return runtime.OrtValue.from_dlpack(plain)
 
 
-def _to_torch(value: "onnxruntime.OrtValue", is_bool: bool) -> Tensor:
+def to_torch(value: "onnxruntime.OrtValue", is_bool: bool) -> Tensor:
+    """ONNX Runtime's value as a tensor over the same memory; booleans come as bytes."""
     tensor: Tensor = torch.from_dlpack(value)  # type: ignore[attr-defined]
     return tensor.view(torch.bool) if is_bool else tensor
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of ONNX Runtime says, in one line."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0][:400] if lines else type(error).__name__
