@@ -56,8 +56,10 @@ class OnnxTarget:
 
     @property
     def legalizations(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-        """ONNX Runtime's CPU operators on resident 8-bit weights take integer inputs: 16-bit ones by default."""
-        return (("quantize_activations", {"mode": "split"}),) if self.flavour == "cpu" else ()
+        """ONNX Runtime's CPU operators on resident weights take integer inputs: 16-bit ones by default, and blocks of
+        8-bit ones in entries with a cache.
+        """
+        return (("quantize_activations", {"mode": "fine"}),) if self.flavour == "cpu" else ()
 
     @property
     def contrib(self) -> bool:

@@ -11,6 +11,7 @@ from sparc.cache import Cache, CacheSlot
 from sparc.capture import capture
 from sparc.codegen.onnx.emission import OnnxEmission
 from sparc.codegen.onnx.runtime import OnnxRunner
+from sparc.codegen.onnx.store import stored_name
 from sparc.codegen.onnx.target import OnnxTarget
 from sparc.target import EmitContext
 from tests.codegen.decoders import call, calls, compiled
@@ -154,3 +155,19 @@ def test_logits_to_keep_may_be_left_out() -> None:
     for places in ([0], [1, 4], [4, 3, 2, 1, 0, 0]):
         (some,) = runner.session.run(["logits"], {**feeds, "logits_to_keep": torch.tensor(places).numpy()})
         torch.testing.assert_close(torch.from_numpy(some), want[:, places], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["w8", "w4"])
+def test_a_head_and_its_embedding_read_one_tensor(recipe: str) -> None:
+    """Entries with a cache multiply codes by blocks; rows are looked up in the same codes, scales and zero points."""
+    artifact = compiled("gpt2", recipe)
+    emission = emission_of(artifact)
+    graph = emission.models["forward"].graph
+    assert {node.op_type for node in graph.node if node.domain == "com.microsoft"} >= {"MatMulNBits"}
+    (lookup,) = (node for node in graph.node if node.op_type == "GatherBlockQuantized")
+    head = next(node for node in graph.node if "logits" in node.output)
+    stored = [stored_name(name) for name in (lookup.input[0], lookup.input[2])]
+    assert stored == [stored_name(name) for name in head.input[1:3]]
+    levels = [a.i for node in graph.node for a in node.attribute if a.name == "accuracy_level"]
+    assert levels == [4] * 9
+    assert_equal(artifact)

@@ -21,21 +21,20 @@ def nbits_product(e: Emitter, site: Product) -> ir.Value | None:
     by row and block; it is used when, and only when, the program does that itself.
     """
     w = site.matrix
-    if not e.target.contrib or w is None or len(site.weight.matrix_shape) != 2:
+    block = block_size(w) if w is not None and e.target.contrib and len(site.weight.matrix_shape) == 2 else None
+    if w is None or block is None:
         return None
-    block = block_size(w)
-    if block is None:
-        return None
-    quantized = site.x.kind == "block" and site.x.spec is not None and site.x.spec.group == w.grid.group == block
+    quantized = multiplies_blocks(e, site)
     if w.grid.bits not in (4, 8) or (w.grid.bits == 8 and not (quantized or e.target.flavour == "cuda")):
         return None
     if w.grid.bits == 8 and w.grid.zero == "minimum":
         return None
     x = site.x.source if quantized else site.x.node
     out, reduce = w.shape
-    scale, zero = _scale(w, block), _zero(w, block)
+    scale = blockwise_scale(w, block) if quantized else _scale(w, block)
+    parts, bias = (blockwise_codes(w, block), scale, blockwise_zero(w, block)), None if _has_minimum(w) else site.bias
     product = e.op(
-        "MatMulNBits", x, _codes(w, block), scale, zero, None, None if _has_minimum(w) else site.bias, domain=MS,
+        "MatMulNBits", x, *parts, None, bias, domain=MS,
         K=reduce, N=out, bits=w.grid.bits, block_size=block, accuracy_level=_INT8 if quantized else _FULL,
     )  # fmt: skip
     if _has_minimum(w):
@@ -45,6 +44,16 @@ def nbits_product(e: Emitter, site: Product) -> ir.Value | None:
     each = site.weight.dtype.itemsize + (0 if w.grid.symmetric else 0.5 if w.grid.bits == 4 else 1)
     site.carried(e, KernelUse("MatMulNBits", int(out * groups * (block * w.grid.bits / 8 + each))))
     return product
+
+
+def multiplies_blocks(e: Emitter, site: Product) -> bool:
+    """Whether the codes of x, a scale for each of the operator's blocks, are multiplied with the weight's."""
+    w = site.matrix
+    if not e.target.contrib or w is None or len(site.weight.matrix_shape) != 2 or w.grid.bits not in (4, 8):
+        return False
+    if w.grid.bits == 8 and w.grid.zero == "minimum":
+        return False
+    return site.x.kind == "block" and site.x.spec is not None and site.x.spec.group == block_size(w)
 
 
 def block_size(w: IntMatrix) -> int | None:
@@ -59,14 +68,27 @@ def _has_minimum(w: IntMatrix) -> bool:
     return not w.grid.symmetric and w.grid.zero == "minimum"
 
 
-def _codes(w: IntMatrix, block: int) -> ir.Value:
-    """`[out, blocks, bytes of a block]`, uint8, signed codes offset to unsigned; the last block filled up."""
+def blockwise_codes(w: IntMatrix, block: int, *, rows: bool = False) -> ir.Value:
+    """`[out, blocks, bytes of a block]`, or `[out, bytes]` where rows are wanted: uint8, the last block filled up.
+
+    Signed codes are offset to unsigned ones.
+    """
     out, reduce = w.shape
     blocks, blob = -(-reduce // block), block * w.grid.bits // 8
     flip = "flip_sign" if w.grid.bits == 8 and w.grid.symmetric else ""
+    dims = (out, blocks * blob) if rows else (out, blocks, blob)
     if w.part("codes").shape[-1] == blocks * blob:
-        return w.read("codes", flip or "identity", dims=(out, blocks, blob))
-    return w.read("codes", f"{flip}+pad".lstrip("+"), (out, blocks * blob), dims=(out, blocks, blob))
+        return w.read("codes", flip or "identity", dims=dims)
+    return w.read("codes", f"{flip}+pad".lstrip("+"), (out, blocks * blob), dims=dims)
+
+
+def blockwise_scale(w: IntMatrix, block: int) -> ir.Value:
+    """`[out, blocks]`, in the dtype of x, stored as it is read."""
+    blocks = -(-w.shape[1] // block)
+    if not w.per_channel or w.part("scale").shape == (w.shape[0], blocks):
+        return _scale(w, block)
+    wide = w.part("scale").expand(w.shape[0], blocks).to(w.weight.dtype).contiguous()
+    return w.e.derived(f"{w.weight.site}_scale_blocks", wide)
 
 
 def _scale(w: IntMatrix, block: int) -> ir.Value:
@@ -88,7 +110,7 @@ def _spread(w: IntMatrix, value: ir.Value, groups: int, block: int) -> ir.Value:
     return flat if groups * repeats == blocks else w.e.op("Slice", flat, [0], [blocks], [1])
 
 
-def _zero(w: IntMatrix, block: int) -> ir.Value | None:
+def blockwise_zero(w: IntMatrix, block: int) -> ir.Value | None:
     """Zero points, packed like the codes; None where the operator's default, the middle code, is meant."""
     out, reduce = w.shape
     blocks = -(-reduce // block)
