@@ -1,6 +1,6 @@
 """An entry that is called again and again, its cache kept where ONNX Runtime computes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -40,6 +40,8 @@ class CacheSession:
         self._outputs = [value.name for value in model.graph.output]
         self._shapes = {value.name: value.type.tensor_type for value in model.graph.input}
         self._slots = self._empty(length if self._in_place else 0)
+        self._grown = {slot.output for slot in cache.slots}
+        self._whole = self._bind(slice(None)) if self._in_place else None
         self._length = 0
 
     @property
@@ -83,40 +85,58 @@ class CacheSession:
         if self._length + tokens.shape[1] > self._limit:
             why = f"{self._length} are used, and {tokens.shape[1]} are to come"
             raise ArtifactError(codes.CALL_MISMATCH, f"the cache holds {self._limit} places", why=why)
-        inputs = [tensors[name] if name in tensors else self._slots[name] for name in self._names]
-        results = self._call(inputs) if self._in_place else dict(zip(self._outputs, self._runner(inputs), strict=True))
-        for slot in self._cache.slots:
-            grown = results.pop(slot.output)
-            if not self._in_place:
-                self._slots[slot.input] = grown
+        given = {name: tensors[name] for name in self._names if name in tensors}
+        results = self._write(given) if self._in_place else self._pass_on(given)
         self._length += tokens.shape[1]
         return results
 
-    def _call(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """A call whose cache is written where it lies."""
-        split = self._rows is not None and self._batch > 1 and self._length > 0
-        if split and self._rows is not None and inputs[self._names.index(TOKENS)].shape[1] > 1:
-            return dict(zip(self._outputs, self._rows(self._run_bound, inputs), strict=True))
-        return dict(zip(self._outputs, self._run_bound(inputs), strict=True))
+    def _pass_on(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A call whose cache goes in and out."""
+        inputs = [given[name] if name in given else self._slots[name] for name in self._names]
+        results = dict(zip(self._outputs, self._runner(inputs), strict=True))
+        self._slots = {slot.input: results.pop(slot.output) for slot in self._cache.slots}
+        return results
 
-    def _run_bound(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Run on tensors, of which the cache's are outputs as well."""
+    def _write(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A call whose cache is written where it lies."""
+        several = self._rows is not None and self._batch > 1 and self._length > 0 and given[TOKENS].shape[1] > 1
+        if not several or self._rows is None:
+            return self._run(self._whole, given)
+        batched = dict(zip(self._names, self._rows.inputs, strict=True))
+        parts = []
+        for row in range(self._batch):
+            one = {name: each[row : row + 1] if batched[name] else each for name, each in given.items()}
+            parts.append(self._run(self._bind(slice(row, row + 1)), one))
+        joined = dict(zip(self._outputs, self._rows.outputs, strict=True))
+        first = parts[0]
+        return {name: torch.cat([part[name] for part in parts]) if joined[name] else first[name] for name in first}
+
+    def _bind(self, rows: slice) -> Any:
+        """A binding of some sequences' cache, in and out; the other outputs come behind it."""
         binding = self._runner.session.io_binding()
-        given = {name: to_runtime(tensor) for name, tensor in zip(self._names, inputs, strict=True)}
-        for name, value in given.items():
-            binding.bind_ortvalue_input(name, value)
-        written = {slot.output: given[slot.input] for slot in self._cache.slots}
-        for name in self._outputs:
-            if name in written:
-                binding.bind_ortvalue_output(name, written[name])
-            else:
-                binding.bind_output(name)
+        for slot in self._cache.slots:
+            value = to_runtime(self._slots[slot.input][rows])
+            binding.bind_ortvalue_input(slot.input, value)
+            binding.bind_ortvalue_output(slot.output, value)
+        return binding
+
+    def _run(self, binding: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run on the inputs beside the cache."""
+        for name, tensor in given.items():
+            binding.bind_ortvalue_input(name, to_runtime(tensor))
+        results = [name for name in self._outputs if name not in self._grown]
+        for name in results:
+            binding.bind_output(name)
         try:
             self._runner.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises a class per status code, all of them plain Exceptions
             what = "ONNX Runtime failed while running the model"
             raise LoweringError(codes.RUNTIME_REJECTED, what, why=first_line(error)) from None
-        return [to_torch(value, value.data_type() == "tensor(bool)") for value in binding.get_outputs()]
+        values = binding.get_outputs()[len(self._grown) :]
+        return {
+            name: to_torch(value, value.data_type() == "tensor(bool)")
+            for name, value in zip(results, values, strict=True)
+        }
 
     def _empty(self, length: int) -> dict[str, Tensor]:
         made = {}
