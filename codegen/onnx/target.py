@@ -57,9 +57,11 @@ class OnnxTarget:
     @property
     def legalizations(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
         """ONNX Runtime's CPU operators on resident weights take integer inputs: 16-bit ones by default, and blocks of
-        8-bit ones in entries with a cache.
+        8-bit ones in entries with a cache, whose attention reads queries, keys and values as one product.
         """
-        return (("quantize_activations", {"mode": "fine"}),) if self.flavour == "cpu" else ()
+        if self.flavour != "cpu":
+            return ()
+        return (("quantize_activations", {"mode": "fine"}), ("stack_projections", {}))
 
     @property
     def contrib(self) -> bool:
