@@ -1,15 +1,20 @@
-"""A batch that ONNX Runtime's attention refuses: several new tokens of several sequences behind cached ones."""
+"""Batches that ONNX Runtime's attention refuses, whose sequences are run one after the other.
 
-from collections.abc import Callable, Sequence
+`GroupQueryAttention` takes several new tokens of several sequences only where nothing is cached, and rotates them
+only where they have the same places.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx
 import torch
 from torch import Tensor
 
-from sparc.cache import MASK, TOKENS
+from sparc.cache import MASK, POSITIONS, TOKENS
 
-Run = Callable[[Sequence[Tensor]], list[Tensor]]
+Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+_OPERATOR = "GroupQueryAttention"
 
 
 @dataclass(frozen=True)
@@ -17,45 +22,43 @@ class RowByRow:
     """How to run the sequences of a batch one after the other.
 
     Args:
-        tokens: the place of the input of new tokens, `[batch, new, ...]`.
-        mask: the place of the input over all tokens, `[batch, past + new]`.
-        inputs, outputs: whether each has the batch on its first axis.
+        rotates: whether the operator rotates queries and keys itself.
+        batched: the inputs and outputs that have the batch on their first axis.
     """
 
-    tokens: int
-    mask: int
-    inputs: tuple[bool, ...]
-    outputs: tuple[bool, ...]
+    rotates: bool
+    batched: frozenset[str]
 
-    def needed(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether a call is one that `GroupQueryAttention` refuses."""
-        batch, new = inputs[self.tokens].shape[:2]
-        return batch > 1 and 1 < new < inputs[self.mask].shape[1]
+    def needed(self, given: Mapping[str, Tensor]) -> bool:
+        """Whether a call, by the names of its inputs, is one that the operator refuses."""
+        batch, new = given[TOKENS].shape[:2]
+        if batch == 1 or new == 1:
+            return False
+        places = given.get(POSITIONS)
+        shared = places is not None and bool((places == places[:1]).all())
+        return bool(new < given[MASK].shape[1]) or (self.rotates and not shared)
 
-    def __call__(self, run: Run, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs of `run`, called for one sequence at a time."""
-        batch = inputs[self.tokens].shape[0]
-        calls = []
-        for row in range(batch):
-            given = zip(inputs, self.inputs, strict=True)
-            calls.append(run([each[row : row + 1] if batched else each for each, batched in given]))
-        rows = zip(zip(*calls, strict=True), self.outputs, strict=True)
-        return [torch.cat(each) if batched else each[0] for each, batched in rows]
+    def row(self, given: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+        """The inputs of one sequence."""
+        return {name: each[row : row + 1] if name in self.batched else each for name, each in given.items()}
+
+    def join(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The outputs of all sequences."""
+        first = parts[0]
+        return {
+            name: torch.cat([part[name] for part in parts]) if name in self.batched else first[name] for name in first
+        }
 
 
 def row_by_row(model: onnx.ModelProto) -> RowByRow | None:
     """How to run a model's batches in parts; None where its operators take any batch."""
-    names = [value.name for value in model.graph.input]
-    if not any(
-        node.op_type == "GroupQueryAttention" and len(node.input) > 3 and node.input[3] for node in model.graph.node
-    ):
+    inputs = {value.name: _first_axis(value) for value in model.graph.input}
+    fused = [node for node in model.graph.node if node.op_type == _OPERATOR and set(node.input) & set(inputs)]
+    if not fused or TOKENS not in inputs or MASK not in inputs:
         return None
-    if TOKENS not in names or MASK not in names:
-        return None
-    batch = _first_axis(model.graph.input[names.index(TOKENS)])
-    inputs = tuple(_first_axis(value) == batch for value in model.graph.input)
-    outputs = tuple(_first_axis(value) == batch for value in model.graph.output)
-    return RowByRow(names.index(TOKENS), names.index(MASK), inputs, outputs)
+    axes = {**inputs, **{value.name: _first_axis(value) for value in model.graph.output}}
+    rotates = any(attribute.name == "do_rotary" for node in fused for attribute in node.attribute)
+    return RowByRow(rotates, frozenset(name for name, axis in axes.items() if axis == inputs[TOKENS]))
 
 
 def _first_axis(value: onnx.ValueInfoProto) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparc import codes
+from sparc.cache import TOKENS
 from sparc.codegen.onnx.batch import row_by_row
 from sparc.codegen.onnx.store import is_packed, raw_bytes, stored_name
 from sparc.diag import LoweringError
@@ -91,12 +92,14 @@ class OnnxRunner:
         Raises:
             LoweringError: SPARC406 when the runtime fails.
         """
-        if self._rows is not None and self._rows.needed(inputs):
-            return self._rows(self._run, inputs)
-        return self._run(inputs)
+        given = dict(zip(self._inputs, inputs, strict=True))
+        if self._rows is None or not self._rows.needed(given):
+            return list(self._run(given).values())
+        parts = [self._run(self._rows.row(given, row)) for row in range(given[TOKENS].shape[0])]
+        return list(self._rows.join(parts).values())
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        feeds = {name: to_runtime(tensor) for name, tensor in zip(self._inputs, inputs, strict=True)}
+    def _run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        feeds = {name: to_runtime(tensor) for name, tensor in given.items()}
         try:
             if self._device == "cuda":
                 results = self._run_bound(feeds)
@@ -106,7 +109,8 @@ class OnnxRunner:
             raise LoweringError(
                 codes.RUNTIME_REJECTED, "ONNX Runtime failed while running the model", why=first_line(error)
             ) from None
-        return [to_torch(value, name in self._booleans) for name, value in zip(self._outputs, results, strict=True)]
+        named = zip(self._outputs, results, strict=True)
+        return {name: to_torch(value, name in self._booleans) for name, value in named}
 
     def _run_bound(self, feeds: Mapping[str, "onnxruntime.OrtValue"]) -> list[Any]:
         """Inputs stay where they are; outputs stay on the device until they are read."""

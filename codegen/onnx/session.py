@@ -99,17 +99,11 @@ class CacheSession:
 
     def _write(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A call whose cache is written where it lies."""
-        several = self._rows is not None and self._batch > 1 and self._length > 0 and given[TOKENS].shape[1] > 1
-        if not several or self._rows is None:
+        if self._rows is None or not self._rows.needed(given):
             return self._run(self._whole, given)
-        batched = dict(zip(self._names, self._rows.inputs, strict=True))
-        parts = []
-        for row in range(self._batch):
-            one = {name: each[row : row + 1] if batched[name] else each for name, each in given.items()}
-            parts.append(self._run(self._bind(slice(row, row + 1)), one))
-        joined = dict(zip(self._outputs, self._rows.outputs, strict=True))
-        first = parts[0]
-        return {name: torch.cat([part[name] for part in parts]) if joined[name] else first[name] for name in first}
+        bindings = [self._bind(slice(row, row + 1)) for row in range(self._batch)]
+        parts = [self._run(binding, self._rows.row(given, row)) for row, binding in enumerate(bindings)]
+        return self._rows.join(parts)
 
     def _bind(self, rows: slice) -> Any:
         """A binding of some sequences' cache, in and out; the other outputs come behind it."""

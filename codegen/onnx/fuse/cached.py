@@ -13,6 +13,7 @@ from sparc.analysis.causal_mask import CausalMask, read_causal_mask
 from sparc.cache import MASK
 from sparc.codegen.onnx.fuse.heads import put_merged, rows_of, same
 from sparc.codegen.onnx.fuse.plan import Emit, Plan
+from sparc.codegen.onnx.fuse.projected import find_projected, rotation
 from sparc.program import location
 
 if TYPE_CHECKING:
@@ -141,21 +142,28 @@ def _grouped(plan: Plan, cached: Cached, mask: CausalMask, padding: fx.Node) -> 
     Sequence lengths come from the shape of `padding`, so that the cache may be longer than what it holds.
     """
     attention = cached.attention
-    rows = [_rows(plan, each) for each in (attention.q, attention.k, attention.v)]
+    projected = find_projected(plan, attention)
+    plain = tuple(_rows(plan, each) for each in (attention.q, attention.k, attention.v))
+    rows, rotary = (projected.rows, projected.rotary) if projected is not None else (plain, None)
     options = {
         "num_heads": attention.heads,
         "kv_num_heads": attention.kv_heads,
         "scale": attention.scale,
         "local_window_size": mask.window,
+        "do_rotary": None if rotary is None else 1,
+        "rotary_interleaved": int(rotary.pairs) or None if rotary is not None else None,
     }
 
     def emit(e: "Emitter") -> Any:
         batch, queries = attention.q.meta["val"].shape[0], attention.q.meta["val"].shape[2]
-        total = e.op("Cast", e.op("Shape", padding, start=1, end=2), to=ir.DataType.INT32)
+        places = e.op("Shape", padding, start=1, end=2)
+        total = e.op("Cast", places, to=ir.DataType.INT32)
+        turns = [None] * 3 if rotary is None else rotation(e, rotary, batch, queries, places)
+        given = [*(each(e) for each in rows), *[None] * (3 - len(rows))]
         last = e.op("Expand", e.op("Sub", total, e.const([1], torch.int32)), [batch])
         bias = _bias(e, padding, queries, attention.q.meta["val"].dtype) if mask.padded else None
         return e.op(
-            "GroupQueryAttention", *(each(e) for each in rows), *cached.past, last, total, None, None, None, bias,
+            "GroupQueryAttention", *given, *cached.past, last, total, *turns, bias,
             domain=_MS, outputs=3, **options,
         )  # fmt: skip
 
