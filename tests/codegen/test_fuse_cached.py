@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparc
 from sparc.artifact import Artifact
 from sparc.cache import Cache, CacheSlot
 from sparc.capture import capture
@@ -14,7 +15,7 @@ from sparc.codegen.onnx.runtime import OnnxRunner
 from sparc.codegen.onnx.store import stored_name
 from sparc.codegen.onnx.target import OnnxTarget
 from sparc.target import EmitContext
-from tests.codegen.decoders import call, calls, compiled
+from tests.codegen.decoders import call, calls, compiled, tiny
 from tests.codegen.emitting import assert_agrees, operators
 
 GROUPED = ("llama", "mistral", "gpt2", "phi")
@@ -171,3 +172,38 @@ def test_a_head_and_its_embedding_read_one_tensor(recipe: str) -> None:
     levels = [a.i for node in graph.node for a in node.attribute if a.name == "accuracy_level"]
     assert levels == [4] * 9
     assert_equal(artifact)
+
+
+def test_one_product_is_cut_and_rotated_by_the_operator() -> None:
+    """With compressed weights, which are stacked; the angles are made in the graph for any positions."""
+    artifact = compiled("llama", "w8")
+    graph = emission_of(artifact).models["forward"].graph
+    fused = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    assert [list(node.input[1:3]) for node in fused] == [["", ""]] * 2
+    assert [a.i for node in fused for a in node.attribute if a.name == "do_rotary"] == [1, 1]
+    assert "RotaryEmbedding" not in operators(emission_of(artifact))
+    assert_equal(artifact)
+
+
+def test_rows_that_would_be_rotated_wrongly_are_refused() -> None:
+    """It rotates a prompt's sequences alike: the file refuses others, and the runner takes them one by one."""
+    artifact = compiled("llama", "w8")
+    runner = emission_of(artifact).runner(threads=1)
+    assert isinstance(runner, OnnxRunner)
+    alike = call(artifact, [[1] * 6, [1, 0, 1, 1, 1, 1]], 6)
+    alike[2] = torch.tensor([[7, 2, 9, 4, 5, 30]]).expand(2, -1).contiguous()
+    names = artifact.program.main.signature.input_names
+    want = artifact.program.run_flat(alike)[0]
+    (got,) = runner.session.run(["logits"], {name: each.numpy() for name, each in zip(names, alike, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-5, atol=1e-6)
+    for place in range(6):
+        other = [*alike[:2], alike[2].clone(), *alike[3:]]
+        other[2][1, place] += 1
+        with pytest.raises(Exception, match="position_ids"):
+            runner.session.run(["logits"], {name: each.numpy() for name, each in zip(names, other, strict=True)})
+        assert_agrees(artifact.program, emission_of(artifact), other, tolerance=4e-6)
+
+
+def test_every_site_of_stacked_products_is_compared() -> None:
+    """What reads a stacked product reads sizes too, which no site's own program can be given."""
+    sparc.compile(tiny("llama"), task="text-generation", recipe="w8", target="onnx", measure=False, verify="full")

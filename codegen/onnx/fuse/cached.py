@@ -10,7 +10,7 @@ from torch import fx
 
 from sparc import codes
 from sparc.analysis.causal_mask import CausalMask, read_causal_mask
-from sparc.cache import MASK
+from sparc.cache import MASK, TOKENS
 from sparc.codegen.onnx.fuse.heads import put_merged, rows_of, same
 from sparc.codegen.onnx.fuse.plan import Emit, Plan
 from sparc.codegen.onnx.fuse.projected import find_projected, rotation
@@ -66,12 +66,11 @@ def plan_cached_attention(plan: Plan, found: "Attention") -> bool:
     cached = find_cached(found)
     if cached is None:
         return False
-    names = dict(zip(plan.entry.signature.input_names, plan.entry.placeholders, strict=True))
-    why = _reason(plan, cached, names.get(MASK))
-    if why:
+    padding = plan.inputs.get(MASK)
+    why = _reason(plan, cached, padding)
+    if why or padding is None:
         _put(plan, cached, _standard(plan, cached, why))
         return True
-    padding = names[MASK]
     mask = read_causal_mask(plan.program, found.mask, padding, cached.past[0].meta["val"].shape[_KEYS])  # type: ignore[arg-type]
     if mask is None:
         _put(plan, cached, _standard(plan, cached, "its mask is not proved to be causal"))
@@ -151,14 +150,13 @@ def _grouped(plan: Plan, cached: Cached, mask: CausalMask, padding: fx.Node) -> 
         "scale": attention.scale,
         "local_window_size": mask.window,
         "do_rotary": None if rotary is None else 1,
-        "rotary_interleaved": int(rotary.pairs) or None if rotary is not None else None,
     }
 
     def emit(e: "Emitter") -> Any:
         batch, queries = attention.q.meta["val"].shape[0], attention.q.meta["val"].shape[2]
         places = e.op("Shape", padding, start=1, end=2)
         total = e.op("Cast", places, to=ir.DataType.INT32)
-        turns = [None] * 3 if rotary is None else rotation(e, rotary, batch, queries, places)
+        turns = [None] * 3 if rotary is None else rotation(e, rotary, plan.inputs[TOKENS], places)
         given = [*(each(e) for each in rows), *[None] * (3 - len(rows))]
         last = e.op("Expand", e.op("Sub", total, e.const([1], torch.int32)), [batch])
         bias = _bias(e, padding, queries, attention.q.meta["val"].dtype) if mask.padded else None

@@ -25,6 +25,7 @@ class Plan:
     def __init__(self, program: Program, entry: Entry, target: "OnnxTarget") -> None:
         """Args: the program, one of its entries, and the flavour and opset that decide what may be used."""
         self.program, self.entry, self.target = program, entry, target
+        self.inputs = dict(zip(entry.signature.input_names, entry.placeholders, strict=True))
         self.lazy: set[fx.Node] = set()
         self.rotations: dict[fx.Node, Rotary] = {}
         self._emit: dict[fx.Node, Emit] = {}

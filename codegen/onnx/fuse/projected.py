@@ -7,10 +7,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from sparc.cache import TOKENS
 from sparc.codegen.onnx.fuse.heads import rows_of, same, swaps_heads
 from sparc.codegen.onnx.fuse.plan import Emit, Plan
-from sparc.codegen.onnx.fuse.rotary import Rotary, factor
-from sparc.codegen.onnx.sizes import expression
+from sparc.codegen.onnx.fuse.rotary import Rotary
 
 if TYPE_CHECKING:
     from sparc.codegen.onnx.emit import Emitter
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _RESHAPES = (aten.reshape.default, aten.view.default)
-_HEAD, _TURNED = 16, 16
+_MULTIPLE = 16
 _FAR = 1 << 40
 
 
@@ -42,7 +42,7 @@ def find_projected(plan: Plan, found: "Attention") -> Projected | None:
         return None
     if q is None or k is None:
         inner = [(found.q, 1), (found.k, 1), (found.v, 1)]
-    elif _alike(q, k) and int(q.x.meta["val"].shape[3]) % _HEAD == 0 and q.width % _TURNED == 0:
+    elif _alike(q, k) and _rotates(plan, q):
         inner = [(q.x, q.axis), (k.x, k.axis), (found.v, 1)]
     else:
         return None
@@ -60,6 +60,16 @@ def _rotary(plan: Plan, node: fx.Node) -> Rotary | None:
     inner: Any = node.args[0] if swaps_heads(node) else None
     found = plan.rotations.get(inner)
     return found if found is not None and found.axis == 2 else None
+
+
+def _rotates(plan: Plan, rotary: Rotary) -> bool:
+    """Whether the operator knows a rotation: halves turned in multiples of 16, by angles of each sequence's own."""
+    found = angles(rotary)
+    if found is None or rotary.pairs or TOKENS not in plan.inputs:
+        return False
+    shape, tokens = found.meta["val"].shape, plan.inputs[TOKENS].meta["val"].shape
+    fits = int(rotary.x.meta["val"].shape[3]) % _MULTIPLE == 0 and rotary.width % _MULTIPLE == 0
+    return fits and len(tokens) == 2 and same(tuple(shape), (*tokens, rotary.width // 2))
 
 
 def _alike(q: Rotary, k: Rotary) -> bool:
@@ -114,30 +124,50 @@ def _is_last(axis: Any, node: Any) -> bool:
     return bool(axis % rank == rank - 1)
 
 
-def rotation(e: "Emitter", rotary: Rotary, batch: Any, queries: Any, total: ir.Value) -> list[ir.Value]:
+def angles(rotary: Rotary) -> fx.Node | None:
+    """The angles `[batch, length, width / 2]` of a rotation by their cosines and sines; None for other factors."""
+    found = [
+        _angles(each, fn, rotary.axis) for each, fn in ((rotary.cos, aten.cos.default), (rotary.sin, aten.sin.default))
+    ]
+    return found[0] if found[0] is found[1] else None
+
+
+def _angles(node: fx.Node, function: Any, axis: int) -> fx.Node | None:
+    """The `f` of `unsqueeze(function(cat([f, f], -1)), axis)`."""
+    inner: Any = node.args[0] if node.target is aten.unsqueeze.default and node.args[1] == axis else None
+    both: Any = inner.args[0] if isinstance(inner, fx.Node) and inner.target is function else None
+    if not isinstance(both, fx.Node) or both.target is not aten.cat.default or both.args[1:] not in ((-1,), (2,)):
+        return None
+    parts: Any = both.args[0]
+    return parts[0] if len(parts) == 2 and parts[0] is parts[1] else None
+
+
+def rotation(e: "Emitter", rotary: Rotary, tokens: fx.Node, total: ir.Value) -> list[ir.Value]:
     """Cosines and sines `[rows, width / 2]`, and which row is whose, `[batch, queries]`.
 
-    At the start of sequences the operator takes rows 0, 1, ... for each of them. Sequences whose rows differ there get
-    a place that it refuses, so that nothing is rotated wrongly.
+    At the start of sequences the operator takes rows 0, 1, ... for each of them. Where the sequences' angles differ
+    there, they get rows that it refuses, so that nothing is rotated wrongly.
 
     Args:
         e: the emitter.
         rotary: the rotation.
-        batch: how many sequences.
-        queries: how many new tokens.
+        tokens: an input `[batch, queries]`.
         total: how many places there are with the cached ones, int64 `[1]`: the operator wants as many rows.
     """
+    found = angles(rotary)
+    assert found is not None
+    shape = e.op("Shape", tokens)
     pads = e.op("Concat", e.const([0, 0], torch.int64), total, e.const([0], torch.int64), axis=0)
-    once = [factor(e, rotary, each) for each in (rotary.cos, rotary.sin)]
-    if not same(rotary.cos.meta["val"].shape[0], batch):
-        place = e.op("Range", e.const(0, torch.int64), e.sizes.scalar(queries), e.const(1, torch.int64))
-        places = e.op("Expand", place, [batch, queries])
-        return [e.op("Pad", e.op("Squeeze", each, [0]), pads) for each in once] + [places]
-    tables = [e.op("Pad", e.op("Reshape", each, [-1, rotary.width // 2]), pads) for each in once]
-    differ = e.op("ReduceL1", e.op("Sub", once[0], e.op("Slice", once[0], [0], [1], [0])), keepdims=0)
-    several = e.op("Mul", differ, e.op("Cast", e.op("Sub", e.sizes.scalar(queries), e.const(1, torch.int64)), to=1))
-    wrong = e.op("Greater", several, e.const(1e-3, torch.float32))
+    table = e.op("Pad", e.op("Reshape", found, [-1, rotary.width // 2]), pads)
+    # all tokens of a call with several, none of a call with one: its rows may differ
+    several = e.op(
+        "Mul",
+        e.op("Sub", e.sizes.length(tokens.meta["val"].shape[1]), e.const([1], torch.int64)),
+        e.const([_FAR], torch.int64),
+    )
+    compared = e.op("Slice", found, [0], several, [1])
+    differ = e.op("ReduceL1", e.op("Sub", compared, e.op("Slice", compared, [0], [1], [0])), keepdims=0)
+    wrong = e.op("Cast", differ, to=ir.DataType.BOOL)
     first = e.op("Where", wrong, e.const(_FAR, torch.int64), e.const(0, torch.int64))
-    count = e.sizes.scalar(expression(batch) * expression(queries))
-    rows = e.op("Range", first, e.op("Add", first, count), e.const(1, torch.int64))
-    return [*tables, e.op("Reshape", rows, [batch, queries])]
+    rows = e.op("Range", first, e.op("Add", first, e.op("Size", tokens)), e.const(1, torch.int64))
+    return [e.op("Cos", table), e.op("Sin", table), e.op("Reshape", rows, shape)]
