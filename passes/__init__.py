@@ -16,7 +16,7 @@ def extension() -> Extension:
     from sparc.passes.activation.static import CalibrateActivations
     from sparc.passes.canonicalize import Canonicalize
     from sparc.passes.clean import RemoveDead
-    from sparc.passes.coalesce import MergeNeurons, coalesce_parallel
+    from sparc.passes.coalesce import MergeNeurons, coalesce_parallel, stack_projections
     from sparc.passes.cut.blocks import DropBlocks
     from sparc.passes.cut.merge_blocks import MergeBlocks
     from sparc.passes.decode import Decode
@@ -48,7 +48,8 @@ def extension() -> Extension:
         fold_table,
         fold_norm_affine,
     )
-    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, coalesce_parallel)
+    stacks = (coalesce_parallel, stack_projections)
+    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, *stacks)
     cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks)
     moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Prune)
     activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)

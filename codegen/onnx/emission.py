@@ -10,9 +10,11 @@ import onnx
 from torch import Tensor
 
 from sparc import codes
+from sparc.cache import Cache
 from sparc.codegen.onnx.check import check_model, check_parity
 from sparc.codegen.onnx.cuda import uncovered
 from sparc.codegen.onnx.runtime import NO_SPIN, OnnxRunner, has_cuda
+from sparc.codegen.onnx.session import CacheSession
 from sparc.codegen.onnx.store import part_of, raw_bytes, read_by, stored_name
 from sparc.diag import ArtifactError
 from sparc.program import Program
@@ -33,12 +35,14 @@ class OnnxEmission:
         models: one model per entry, external data left open.
         stored: every stored tensor once.
         kernels: what carries each compressed weight.
+        caches: by entry, which of its tensors one call leaves for the next.
     """
 
     target: str
     models: dict[str, onnx.ModelProto]
     stored: list[StoredTensor]
     kernels: Mapping[str, KernelUse] = field(default_factory=dict)
+    caches: Mapping[str, Cache] = field(default_factory=dict)
 
     @property
     def native(self) -> bool:
@@ -71,6 +75,22 @@ class OnnxEmission:
         cuda = self.target == "onnx:cuda" and has_cuda()
         entries = {**({} if spin else NO_SPIN), **(options or {})}
         return OnnxRunner(self._model(entry), self._by_name(), threads=threads, cuda=cuda, options=entries)
+
+    def session(self, entry: str | None, batch: int, length: int, *, threads: int | None = None) -> CacheSession:
+        """An entry with a cache, which is kept from call to call.
+
+        Args:
+            entry: the entry; the first by default.
+            batch: how many sequences.
+            length: how many places the cache gets at most.
+            threads: threads of one operator.
+
+        Raises:
+            LoweringError: SPARC405 without ONNX Runtime, SPARC406 when it refuses the model.
+        """
+        name = entry or next(iter(self.models))
+        runner = OnnxRunner(self.models[name], self._by_name(), threads=threads)
+        return CacheSession(runner, self.models[name], self.caches[name], batch, length)
 
     def check(
         self, program: Program, inputs: Mapping[str, Sequence[Tensor]], reference: Mapping[str, Mapping[str, Tensor]]

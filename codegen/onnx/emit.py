@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 
 from sparc import codes
 from sparc import layout as layouts
+from sparc.cache import KEEP
 from sparc.codegen.onnx.build import Builder
 from sparc.codegen.onnx.sizes import Size, Sizes, expression
 from sparc.codegen.onnx.store import Origin, Store, initializer
@@ -98,6 +99,7 @@ class Emitter:
         outputs = self._outputs()
         nodes = self.builder.finish(outputs)
         read = {id(value): value for node in nodes for value in _all_inputs(node) if value.const_value is not None}
+        read |= {id(value): value for value in self._inputs if value.const_value is not None}
         return ir.Graph(
             self._inputs,
             outputs,
@@ -116,6 +118,8 @@ class Emitter:
         value = ir.Value(name=name)
         self._type(value, node.meta["val"])
         self.sizes.learn(value, node.meta["val"])
+        if name == KEEP and self.entry.cache is not None:  # callers who leave it out want the last token's logits
+            value.const_value = ir.tensor(np.array([-1]), name=name)
         self._inputs.append(value)
         self._values[node] = value
 

@@ -93,3 +93,10 @@ FLOAT_PRODUCT = Code(
     "a quantized activation is multiplied in floats",
     "No generated kernel multiplies its codes in integers. They are decoded first, and the product is one of floats.",
 )
+PLAIN_CACHE_ATTENTION = Code(
+    "SPARC416",
+    "attention over a cache runs without the operator that appends to it in place",
+    "ONNX Runtime's GroupQueryAttention is used where the graph proves that a query sees the keys up to its own place, "
+    "maybe within a window, but for those that attention_mask hides. The standard Attention carries all others; "
+    "their cache is copied at every step.",
+)

@@ -23,23 +23,20 @@ def nbits_product(e: Emitter, site: Product) -> ir.Value | None:
     of one product: the coarse one as the program decodes it, so that rounding it again changes nothing.
     """
     w = site.matrix
-    if not e.target.contrib or w is None or not site.is_matrix:
+    block = block_size(w) if w is not None and e.target.contrib and site.is_matrix else None
+    if w is None or block is None or w.grid.bits not in (4, 8):
         return None
-    block = block_size(w)
-    if block is None:
-        return None
-    halves = site.x.halves if site.x.kind == "split_block" else None
-    spec = halves[0].spec if halves is not None else site.x.spec if site.x.kind == "block" else None
-    quantized = spec is not None and spec.group == w.grid.group == block and (halves is None or _has_rows(site.x))
-    if w.grid.bits not in (4, 8) or (w.grid.bits == 8 and not (quantized or e.target.flavour == "cuda")):
+    quantized = multiplies_blocks(e, site)
+    if w.grid.bits == 8 and not quantized and e.target.flavour != "cuda":
         return None
     out, reduce = w.shape
-    scale, zero = _scale(w, block), _zero(w, block)
-    stacked = halves is not None and quantized
+    stacked = quantized and site.x.kind == "split_block"
     x = _stacked(e, site.x) if stacked else e.value(site.x.source if quantized else site.x.node)
     bias_apart = stacked or _has_minimum(w)
+    scale = blockwise_scale(w, block) if quantized else _scale(w, block)
+    parts = (blockwise_codes(w, block), scale, blockwise_zero(w, block), None, None if bias_apart else site.bias)
     product = e.op(
-        "MatMulNBits", x, _codes(w, block), scale, zero, None, None if bias_apart else site.bias, domain=MS,
+        "MatMulNBits", x, *parts, domain=MS,
         K=reduce, N=out, bits=w.grid.bits, block_size=block, accuracy_level=_INT8 if quantized else _FULL,
     )  # fmt: skip
     terms = list(e.op("Split", product, axis=-2, num_outputs=2, outputs=2)) if stacked else [product]
@@ -52,6 +49,18 @@ def nbits_product(e: Emitter, site: Product) -> ir.Value | None:
     each = site.weight.dtype.itemsize + (0 if w.grid.symmetric else 0.5 if w.grid.bits == 4 else 1)
     site.carried(e, KernelUse("MatMulNBits", int(out * groups * (block * w.grid.bits / 8 + each))))
     return product
+
+
+def multiplies_blocks(e: Emitter, site: Product) -> bool:
+    """Whether the codes of x, a scale for each of the operator's blocks, are multiplied with the weight's."""
+    w = site.matrix
+    if not e.target.contrib or w is None or not site.is_matrix or w.grid.bits not in (4, 8):
+        return False
+    halves = site.x.halves if site.x.kind == "split_block" else None
+    spec = halves[0].spec if halves is not None else site.x.spec if site.x.kind == "block" else None
+    if spec is None or spec.group != block_size(w):
+        return False
+    return not _has_minimum(w) if halves is None else _has_rows(site.x)  # a minimum meets x before it is rounded
 
 
 def block_size(w: IntMatrix) -> int | None:
@@ -77,17 +86,27 @@ def _stacked(e: Emitter, x: Activation) -> ir.Value:
     return e.op("Concat", coarse.node, fine.source, axis=-2)
 
 
-def _codes(w: IntMatrix, block: int) -> ir.Value:
-    """`[out, blocks, bytes of a block]`, uint8, signed codes offset to unsigned; the last block filled up."""
+def blockwise_codes(w: IntMatrix, block: int, *, rows: bool = False) -> ir.Value:
+    """`[out, blocks, bytes of a block]`, or `[out, bytes]` where rows are wanted: uint8, the last block filled up.
+
+    Signed codes are offset to unsigned ones.
+    """
     out, reduce = w.shape
     blocks, blob = -(-reduce // block), block * w.grid.bits // 8
     flip = "flip_sign" if w.grid.bits == 8 and w.grid.symmetric else ""
+    dims = (out, blocks * blob) if rows else (out, blocks, blob)
     if w.part("codes").shape[-1] == blocks * blob:
-        if flip and w.rows_are_read():  # as they are, and flipped when the file is loaded
-            rows = w.read("codes", dtype=ir.DataType.UINT8, dims=(out, blocks, blob))
-            return w.e.op("BitwiseXor", rows, w.e.const(128, torch.uint8))
-        return w.read("codes", flip or "identity", dims=(out, blocks, blob))
-    return w.read("codes", f"{flip}+pad".lstrip("+"), w.stored((out, blocks * blob)), dims=(out, blocks, blob))
+        return w.read("codes", flip or "identity", dims=dims)
+    return w.read("codes", f"{flip}+pad".lstrip("+"), w.stored((out, blocks * blob)), dims=dims)
+
+
+def blockwise_scale(w: IntMatrix, block: int) -> ir.Value:
+    """`[out, blocks]`, in the dtype of x, stored as it is read."""
+    blocks = -(-w.shape[1] // block)
+    if not w.per_channel or w.part("scale").shape == (w.shape[0], blocks):
+        return _scale(w, block)
+    wide = w.part("scale").expand(w.shape[0], blocks).to(w.weight.dtype).contiguous()
+    return w.e.derived(w.named("scale_blocks"), wide)
 
 
 def _scale(w: IntMatrix, block: int) -> ir.Value:
@@ -109,7 +128,7 @@ def _spread(w: IntMatrix, value: ir.Value, groups: int, block: int) -> ir.Value:
     return flat if groups * repeats == blocks else w.e.op("Slice", flat, [0], [blocks], [1])
 
 
-def _zero(w: IntMatrix, block: int) -> ir.Value | None:
+def blockwise_zero(w: IntMatrix, block: int) -> ir.Value | None:
     """Zero points, packed like the codes; None where the operator's default, the middle code, is meant."""
     out, reduce = w.shape
     blocks = -(-reduce // block)
