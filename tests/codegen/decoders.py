@@ -84,6 +84,7 @@ MASKS: dict[str, tuple[list[list[int]], int]] = {
     "holes": ([[1, 0, 1, 1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0, 1, 1, 1]], 1),
     "continued": ([[1, 0, 1, 1, 1, 0, 1, 1, 1]], 4),
     "continued batch": ([[1, 0, 1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 1]], 4),
+    "continued alike": ([[1] * 9, [1] * 9], 4),
     "one token": ([[1]], 1),
     "nothing visible": ([[0, 0, 0, 0], [1, 1, 1, 1]], 1),
 }

@@ -68,20 +68,27 @@ def test_sizes_come_from_the_mask_not_from_the_cache() -> None:
 
 
 class Step(nn.Module):
-    """Attention over a cache, under a mask that a function makes of the padding and of places."""
+    """Attention over a cache, under a mask that a function makes of the padding and of places.
 
-    def __init__(self, mask: Any) -> None:
+    Queries, keys and values are pieces of one product, which has `more` columns behind them.
+    """
+
+    def __init__(self, mask: Any, more: int = 0) -> None:
         super().__init__()
-        self.qkv, self.mask = nn.Linear(32, 96), mask
+        self.qkv, self.mask = nn.Linear(32, 96 + more), mask
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, key: Tensor, value: Tensor) -> Any:
         batch, new, _ = input_ids.shape
-        q, k, v = (each.view(batch, new, 2, 16).transpose(1, 2) for each in self.qkv(input_ids).chunk(3, -1))
+        q, k, v = (each.view(batch, new, 2, 16).transpose(1, 2) for each in self.pieces(input_ids))
         k, v = torch.cat([key, k], 2), torch.cat([value, v], 2)
         queries = torch.arange(new)[:, None] + key.shape[2]
         mask = self.mask(queries, torch.arange(k.shape[2]), attention_mask[:, None, None, :] != 0)
         y = nn.functional.scaled_dot_product_attention(q, k, v, mask)
         return {"y": y.transpose(1, 2).reshape(batch, new, 32), "grown.key": k, "grown.value": v}
+
+    def pieces(self, x: Tensor) -> list[Tensor]:
+        rows = self.qkv(x)
+        return [rows[..., start : start + 32] for start in (0, 32, 64)]
 
 
 UNPROVED = {
@@ -99,8 +106,8 @@ PROVED = {
 }
 
 
-def step(mask: Any) -> tuple[list[str], list[str]]:
-    """The operators of a step under a mask, equal to the program, and the reasons of remarks."""
+def step(mask: Any, more: int = 0) -> tuple[list[str], list[str], list[str]]:
+    """The operators of a step under a mask, equal to the program, the reasons of remarks, and what attention reads."""
     torch.manual_seed(0)
     inputs = {
         "input_ids": torch.randn(2, 3, 32), "attention_mask": torch.tensor([[0] + [1] * 7, [1] * 5 + [0, 1, 1]]),
@@ -110,17 +117,18 @@ def step(mask: Any) -> tuple[list[str], list[str]]:
     dynamic = {
         "input_ids": {0: "batch", 1: "new"}, "attention_mask": {0: "batch", 1: "total"}, "key": past, "value": past
     }  # fmt: skip
-    program = capture(Step(mask).eval(), inputs, dynamic=dynamic)
+    program = capture(Step(mask, more).eval(), inputs, dynamic=dynamic)
     program.main.cache = Cache((CacheSlot("key", "grown.key"), CacheSlot("value", "grown.value")), 64)
     context = EmitContext()
     emission = OnnxTarget("cpu").emit(program, context)
     assert_agrees(program, emission, list(inputs.values()), tolerance=4e-6)
-    return operators(emission), [each.why for each in context.diagnostics]
+    (fused,) = (node for node in emission.models["forward"].graph.node if node.op_type.endswith("Attention"))
+    return operators(emission), [each.why for each in context.diagnostics], list(fused.input)
 
 
 @pytest.mark.parametrize("mask", UNPROVED.values(), ids=UNPROVED)
 def test_other_masks_are_not_taken_for_causal_ones(mask: Any) -> None:
-    found, reasons = step(mask)
+    found, reasons, _ = step(mask)
     assert "Attention" in found
     assert len(reasons) == 1
     assert reasons[0].startswith("its mask is")
@@ -129,9 +137,15 @@ def test_other_masks_are_not_taken_for_causal_ones(mask: Any) -> None:
 
 @pytest.mark.parametrize("mask", PROVED.values(), ids=PROVED)
 def test_causal_masks_are_proved(mask: Any) -> None:
-    found, reasons = step(mask)
+    found, reasons, _ = step(mask)
     assert not reasons
     assert "GroupQueryAttention" in found
+
+
+@pytest.mark.parametrize(("more", "packed"), [(0, True), (32, False)])
+def test_a_product_is_packed_where_it_is_nothing_else(more: int, packed: bool) -> None:
+    _, _, inputs = step(PROVED["causal"], more)
+    assert (inputs[1:3] == ["", ""]) == packed
 
 
 def test_the_rotation_takes_any_positions() -> None:
