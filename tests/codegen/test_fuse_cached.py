@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sparc
+from examples.models import smollm2
 from sparc.artifact import Artifact
 from sparc.cache import Cache, CacheSlot
 from sparc.capture import capture
@@ -221,3 +222,21 @@ def test_rows_that_would_be_rotated_wrongly_are_refused() -> None:
 def test_every_site_of_stacked_products_is_compared() -> None:
     """What reads a stacked product reads sizes too, which no site's own program can be given."""
     sparc.compile(tiny("llama"), task="text-generation", recipe="w8", target="onnx", measure=False, verify="full")
+
+
+@pytest.mark.models
+def test_smollm2_with_a_cache_is_as_small_as_a_graph_made_by_hand() -> None:
+    """Twelve operators a layer, and the angles, the mask and the ends once."""
+    from transformers import LlamaForCausalLM
+
+    whole = smollm2.load()
+    with torch.device("meta"):
+        causal = LlamaForCausalLM(whole.model.config)
+    causal.model, causal.lm_head = whole.model, whole.lm_head
+    options: Any = {"recipe": "w8", "measure": False, "verify": "types"}
+    artifact = sparc.compile(causal.eval(), task="text-generation", **options)
+    found = operators(emission_of(artifact))
+    assert len(found) <= 400
+    assert found.count("GroupQueryAttention") == 30
+    assert found.count("MatMulNBits") == 5 * 30 + 1
+    assert found.count("GatherBlockQuantized") == 1
