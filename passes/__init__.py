@@ -12,6 +12,7 @@ def extension() -> Extension:
     from sparc.encoding.parse import BUILTIN
     from sparc.passes.activation.correct import CorrectBias
     from sparc.passes.activation.dynamic import QuantizeActivations
+    from sparc.passes.activation.minimum import SplitMinimum
     from sparc.passes.activation.pairs import CancelPairs
     from sparc.passes.activation.static import CalibrateActivations
     from sparc.passes.canonicalize import Canonicalize
@@ -52,6 +53,6 @@ def extension() -> Extension:
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, *stacks)
     cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks)
     moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Prune)
-    activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
+    activations = (SplitMinimum, QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, *cuts, *moves, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

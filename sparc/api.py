@@ -285,6 +285,8 @@ def run_steps(driver: Driver, recipe: Recipe, legalizations: Iterable[Pass] = ()
             plain = driver.program
         if step.pass_.stage < Stage.MASK:
             baseline = driver.program
+    for each in wanted:
+        driver.run(each, "* (for the target)", remarks=False)
     return plain, baseline
 
 

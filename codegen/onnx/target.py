@@ -61,7 +61,7 @@ class OnnxTarget:
         """
         if self.flavour != "cpu":
             return ()
-        return (("quantize_activations", {"mode": "fine"}), ("stack_projections", {}))
+        return (("stack_projections", {}), ("split_minimum", {}), ("quantize_activations", {"mode": "fine"}))
 
     @property
     def contrib(self) -> bool:

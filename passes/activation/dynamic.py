@@ -16,7 +16,7 @@ from sparc.program import Program
 
 Mode = Literal["auto", "tensor", "token", "split", "block", "fine"]
 _BLOCKS = (128, 64, 32, 16)
-_GROUPS = (256, *_BLOCKS)  # of columns, that products of 8-bit weights in groups have
+PRODUCT_GROUPS = (256, *_BLOCKS)  # of columns, that integer products of weights in groups have
 
 
 @dataclass(frozen=True)
@@ -137,14 +137,14 @@ def _why_not(program: Program, site: Site, mode: Mode, *, fine: bool = False) ->
     if mode == "block":
         return f"no product of blocks exists for {spec}" if fine and not _multiplies_blocks(spec) else None
     if mode == "split" and isinstance(spec.group, int) and spec.bits == 8:
-        return None if spec.group in _GROUPS else f"no integer product has groups of {spec.group} columns"
+        return None if spec.group in PRODUCT_GROUPS else f"no integer product has groups of {spec.group} columns"
     if isinstance(spec.group, int) or spec.bits != 8 or spec.zero != "integer":
         return f"integer products need 8-bit weights with a scale per row at most, and its grid is {spec}"
     return None
 
 
 def _multiplies_blocks(spec: IntGrid) -> bool:
-    blocks = not isinstance(spec.group, int) or spec.group in _GROUPS
+    blocks = not isinstance(spec.group, int) or spec.group in PRODUCT_GROUPS
     return blocks and spec.zero == "integer" and spec.bits in (4, 8)
 
 
