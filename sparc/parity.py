@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from sparc import codes
 from sparc.diag import Diagnostics, LoweringError
+from sparc.encoding.operators import is_quantize
 from sparc.pass_base import Samples
 from sparc.program import Entry, Program, WeightStore, location
 from sparc.region import region
@@ -128,13 +129,26 @@ def _check_site(
     target: Target,
     context: EmitContext,
 ) -> None:
-    emission = target.emit(alone, context)
-    found = emission.runner("forward")(inputs)[0]
+    run = target.emit(alone, context).runner("forward")
     half = expected.dtype in (torch.float16, torch.bfloat16)
-    difference = relative_error(expected, found)
-    if not difference <= (HALF_TOLERANCE if half else FLOAT32_TOLERANCE):
+    tolerance = HALF_TOLERANCE if half else FLOAT32_TOLERANCE
+    difference = relative_error(expected, run(inputs)[0])
+    if not difference <= tolerance and any(is_quantize(node) for node in alone.graph.nodes):
+        moved = [_moved(each) for each in inputs]
+        difference = relative_error(alone.run_flat(moved)[0], run(moved)[0])
+    if not difference <= tolerance:
         raise LoweringError(
             codes.PARITY_FAILED,
             f"{target.name} computes {anchor.name} differently, by {difference:.2e} relative",
             where=location(anchor),
         )
+
+
+def _moved(x: Tensor) -> Tensor:
+    """The same values but for a thousandth: numbers that lie on a grid (rows of a quantized embedding, say) are often
+    just between two codes, and may be rounded either way.
+    """
+    if not x.is_floating_point():
+        return x
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return (x * (1 + 1e-3 * noise)).to(x.dtype)
