@@ -12,11 +12,11 @@ from torch.export import ExportedProgram
 from sparc import codes, evidence
 from sparc.analysis.sites import Site, find_sites
 from sparc.artifact import Artifact, load_artifact
-from sparc.capture import Dynamic, capture
+from sparc.capture import Dynamic, capture, merge
 from sparc.diag import Diagnostics, PassError
 from sparc.driver import VERIFY_LEVELS, Driver
 from sparc.exported import capture_exported
-from sparc.generation.task import Task, prepare_task
+from sparc.generation.task import EntryTask, Task, prepare_task
 from sparc.memory import trim
 from sparc.parity import check_sites
 from sparc.pass_base import Pass, Samples, Stage
@@ -76,7 +76,7 @@ def compile(
         model: a module in float32, or an exported program.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
         task: `text-generation` works example inputs, dynamic dimensions and a cache out from a language model of
-            transformers; `data` is then what its tokenizer returns.
+            transformers, a decoder or an encoder-decoder; `data` is then what its tokenizer returns.
         recipe: a registered name (`w8`, `w4`, `w8a8`, ...), a TOML file, a Recipe, or passes in order.
         target: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`, `cuda`, `cuda:sm_90`, `reference`.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`.
@@ -95,10 +95,11 @@ def compile(
     place, chosen = known.target(target.removesuffix(":cpu")), resolve_recipe(recipe, known)
     check_verify(verify)
     place.check_options(options or {})
-    job = prepare_task(task, model, data) if task is not None else Task(model, example_inputs, dynamic, data)
-    captured = _capture(job.model, job.example_inputs, job.dynamic, diagnostics)
-    captured.main.cache = job.cache
-    samples = make_samples(captured, job.example_inputs, job.data, diagnostics)
+    alone = {"forward": EntryTask(model, example_inputs, dynamic)}
+    job = prepare_task(task, model, data) if task is not None else Task(alone, data)
+    captured = _capture_task(job, diagnostics)
+    examples = {name: entry.example_inputs for name, entry in job.entries.items()}
+    samples = make_samples(captured, examples, job.data, diagnostics, job.feed)
     driver = Driver(captured, samples, diagnostics, verify=verify)
     plain, baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])
     context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
@@ -214,12 +215,25 @@ def _claims(claimed: set[str], site: Site) -> bool:
     return site.weight in claimed
 
 
+def _capture_task(job: Task, diagnostics: Diagnostics) -> Program:
+    programs = []
+    for name, each in job.entries.items():
+        program = _capture(each.model, each.example_inputs, each.dynamic, diagnostics, name)
+        program.main.cache = each.cache
+        programs.append(program)
+    return merge(programs)
+
+
 def _capture(
-    model: nn.Module | ExportedProgram, examples: Any, dynamic: Dynamic | None, diagnostics: Diagnostics
+    model: nn.Module | ExportedProgram,
+    examples: Any,
+    dynamic: Dynamic | None,
+    diagnostics: Diagnostics,
+    entry: str = "forward",
 ) -> Program:
     if isinstance(model, ExportedProgram):
-        return capture_exported(model, diagnostics=diagnostics)
-    return capture(model, examples, dynamic=dynamic, diagnostics=diagnostics)
+        return capture_exported(model, entry=entry, diagnostics=diagnostics)
+    return capture(model, examples, dynamic=dynamic, entry=entry, diagnostics=diagnostics)
 
 
 def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, samples: Samples, target: str) -> None:
@@ -232,18 +246,17 @@ def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, s
 
 
 def _measure(artifact: Artifact, job: Task, place: Target, plain: Program, context: EmitContext) -> None:
-    name, entry = next(iter(artifact.program.entries.items()))
-    module = job.model if isinstance(job.model, nn.Module) else job.model.module()
-    timed = {label: bind_examples(module.forward, each)[0] for label, each in job.timed.items()}
-    timed = timed or {"": bind_examples(module.forward, job.example_inputs)[0]}
-    summary = artifact.ledger.summary
-    if isinstance(artifact.emission, Estimating) and not artifact.emission.native:
-        summary.latencies = [
-            artifact.emission.estimate(entry.signature.bind((), each), name) for each in timed.values()
-        ]
-        return
-    dense: Emission = place.emit(plain, EmitContext(Diagnostics(), context.options, context.lowerings))
-    ours, theirs = artifact.emission.runner(name, spin=False), dense.runner(name, spin=False)
-    for label, named in timed.items():
-        tensors = entry.signature.bind((), named)
-        summary.latencies += evidence.latencies(ours, theirs, module, named, tensors, label=label)
+    summary, emission = artifact.ledger.summary, artifact.emission
+    estimated = isinstance(emission, Estimating) and not emission.native
+    silent = EmitContext(Diagnostics(), context.options, context.lowerings)
+    dense: Emission | None = None if estimated else place.emit(plain, silent)
+    for name, each in job.entries.items():
+        module = each.model if isinstance(each.model, nn.Module) else each.model.module()
+        for label, given in (each.timed or {"": each.example_inputs}).items():
+            named = bind_examples(module.forward, given)[0]
+            tensors = artifact.program.entries[name].signature.bind((), named)
+            if dense is None:
+                summary.latencies.append(emission.estimate(tensors, name))  # type: ignore[attr-defined]
+                continue
+            ours, theirs = emission.runner(name, spin=False), dense.runner(name, spin=False)
+            summary.latencies += evidence.latencies(ours, theirs, module, named, tensors, label=label)

@@ -133,9 +133,15 @@ class Artifact:
         check(tensors)
         return runner(tensors)
 
-    def session(self, batch: int = 1, length: int | None = None) -> Session:
+    def session(
+        self,
+        batch: int = 1,
+        length: int | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Session:
         """Sequences to feed and continue: see `sparc.generation.artifact.open_session`."""
-        return open_session(self, batch, length)
+        return open_session(self, batch, length, input_ids, attention_mask)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Continue prompts; the arguments, results and errors are those of `sparc.generation.artifact.generate`."""
