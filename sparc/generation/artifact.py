@@ -50,8 +50,8 @@ def open_session(
         artifact: compiled with `task="text-generation"`.
         batch: how many sequences.
         length: places to make room for; by default as many as the model knows.
-        input_ids: what an encoder-decoder reads, int64 `[batch, source]`: encoded here, once. What is fed to the session
-            are then tokens of the decoder, the first of which is the model's `decoder_start_token_id`.
+        input_ids: what an encoder-decoder reads, int64 `[batch, source]`: encoded here, once. What is fed to the
+            session are then tokens of the decoder, the first of which is the model's `decoder_start_token_id`.
         attention_mask: 1 where a token of the source counts; all by default.
 
     Raises:

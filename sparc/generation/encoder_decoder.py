@@ -1,6 +1,5 @@
 """An encoder-decoder of transformers as two modules: the encoder, and a decoder with an explicit cache."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ Layers = list[dict[str, Tensor]]
 class Encoder(Wrapped):
     """`forward(input_ids, attention_mask)`, both `[batch, source]`: `cross`, which the decoder's layers attend to.
 
-    `cross` is a list of `{"key": ..., "value": ...}`, one for each layer of the decoder, `[batch, heads, source, size]`.
+    `cross` is a list of `{"key": ..., "value": ...}`, one for each layer of the decoder, each
+    `[batch, heads, source, size]`.
     """
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Layers]:
@@ -42,8 +42,8 @@ class SourceDecoder(Wrapped):
     """`forward(input_ids, encoder_attention_mask, cross, past_key_values)`: one call of the decoder.
 
     `input_ids` is `[batch, seq]`, `encoder_attention_mask` `[batch, source]`, `cross` as `Encoder` returns it, and each
-    tensor of `past_key_values` `[batch, heads, past, size]`. The results are the logits, `[batch, seq, vocabulary]`, and
-    the grown cache, `present`.
+    tensor of `past_key_values` `[batch, heads, past, size]`. The results are the logits, `[batch, seq, vocabulary]`,
+    and the grown cache, `present`.
     """
 
     def forward(
@@ -91,7 +91,7 @@ def describe_entries(model: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[
     mask = torch.ones_like(source)
     mask[1, -2:] = 0
     past, cross = _run_once(model, source, mask, target[:, :_PAST])
-    examples = {
+    examples: dict[str, dict[str, Any]] = {
         ENCODER: {TOKENS: source, MASK: mask},
         DECODER: {
             TOKENS: target[:, _PAST:].contiguous(), SOURCE_MASK: mask, "cross": cross, "past_key_values": past,

@@ -81,8 +81,8 @@ def entry_calls(program: Program, item: Any, *, start: int) -> dict[str, dict[st
 
     Args:
         program: the captured encoder-decoder.
-        item: what a tokenizer returns; with `decoder_input_ids`, or `labels` from which they follow. Without, the decoder
-            reads the first tokens that it generates itself.
+        item: what a tokenizer returns; with `decoder_input_ids`, or `labels` from which they follow. Without, the
+            decoder reads the first tokens that it generates itself.
         start: the decoder's first token.
 
     Raises:
