@@ -103,10 +103,10 @@ def entry_calls(program: Program, item: Any, *, start: int) -> dict[str, dict[st
     if tokens is None:
         tokens = _own_tokens(program, source, start)
     decoder = program.entries[DECODER]
-    return {ENCODER: named, DECODER: {TOKENS: tokens, **_nested(decoder, source)}}
+    return {ENCODER: named, DECODER: {TOKENS: tokens, **source_arguments(decoder, source)}}
 
 
-def _nested(decoder: Entry, source: Mapping[str, Tensor]) -> dict[str, Any]:
+def source_arguments(decoder: Entry, source: Mapping[str, Tensor]) -> dict[str, Any]:
     """The flat tensors of a source as the decoder's arguments."""
     place = decoder.signature.parameters.index("cross")
     names = [name for name in decoder.signature.input_names if name.startswith("cross.")]

@@ -14,6 +14,7 @@ from sparc.artifact import Artifact
 from sparc.cache import DECODER, ENCODER
 from sparc.capture import capture, merge
 from sparc.diag import ArtifactError, CaptureError, Diagnostics, LoweringError
+from sparc.generation.adapter import as_transformers
 from sparc.generation.encoder_decoder import Encoder, SourceDecoder, describe_entries
 from sparc.generation.genai import genai_config
 from sparc.generation.generate import Ending, stream_tokens
@@ -23,6 +24,7 @@ from sparc.generation.source import entry_calls
 from sparc.generation.task import prepare_task
 from sparc.program import Program
 from sparc.samples import make_samples
+from sparc.serialize.cache import cache_from_json, cache_to_json
 from sparc.verify import relative_error
 from tests.generation.decoders import decoder
 from tests.generation.encoder_decoders import CONFIGS, VOCABULARY, encoder_decoder, sources
@@ -230,6 +232,35 @@ def test_what_is_missing_is_said(artifact: Artifact) -> None:
         Artifact(alone, *parts[1:], attachments=artifact.attachments).generate(**sources())
     with pytest.raises(LoweringError, match=r"SPARC509.*onnxruntime-genai"):
         genai_config(artifact)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}],
+                         ids=["greedy", "beams", "sequences"])  # fmt: skip
+def test_transformers_generates_with_it(options: dict[str, Any]) -> None:
+    model, artifact = served("t5", "reference")
+    expected = model.generate(**sources(), max_new_tokens=8, do_sample=False, **options)
+    adapted = as_transformers(artifact)
+    assert torch.equal(adapted.generate(**sources(), max_new_tokens=8, do_sample=False, **options), expected)
+
+
+def test_logits_under_the_interface_of_transformers() -> None:
+    model, artifact = served("t5", "reference")
+    for given in (sources(), {"input_ids": targets(2, 4)}):
+        tokens = targets(given["input_ids"].shape[0], 3)
+        with torch.no_grad():
+            expected = model(**given, decoder_input_ids=tokens).logits
+        found = as_transformers(artifact)(**given, decoder_input_ids=tokens).logits
+        assert relative_error(expected, found) < 1e-5
+
+
+@pytest.mark.parametrize("source", [["missing"], ["cross.0.key"] * 2, ["past_key_values.0.key"], [3], "cross.0.key"])
+def test_a_stored_source_names_inputs_of_its_own(source: Any) -> None:
+    entry = captured("bart")[1].entries[DECODER]
+    assert entry.cache is not None
+    described = cache_to_json(entry.cache)
+    assert cache_from_json(described, entry) == entry.cache
+    with pytest.raises(ArtifactError, match="SPARC503"):
+        cache_from_json({**described, "source": source}, entry)
 
 
 # compilation ----------------------------------------------------------------------------------------------------------
