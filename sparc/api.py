@@ -1,7 +1,7 @@
 """compile(): the whole pipeline, readable top to bottom."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,7 +256,8 @@ def _measure(artifact: Artifact, job: Task, place: Target, plain: Program, conte
             named = bind_examples(module.forward, given)[0]
             tensors = artifact.program.entries[name].signature.bind((), named)
             if dense is None:
-                summary.latencies.append(emission.estimate(tensors, name))  # type: ignore[attr-defined]
+                found = emission.estimate(tensors, name)  # type: ignore[attr-defined]
+                summary.latencies.append(replace(found, against=f"{found.against}: {label}") if label else found)
                 continue
             ours, theirs = emission.runner(name, spin=False), dense.runner(name, spin=False)
             summary.latencies += evidence.latencies(ours, theirs, module, named, tensors, label=label)

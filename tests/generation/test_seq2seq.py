@@ -80,11 +80,16 @@ def test_logits_at_other_sizes(name: str) -> None:
         assert relative_error(expected, found) < 1e-5
 
 
-def test_every_weight_is_stored_once_under_its_own_name() -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_weight_is_stored_once_under_its_own_name(name: str) -> None:
+    model, program = captured(name)
+    held = {name: tensor for name, tensor in program.weights.items() if tensor.numel()}
+    assert len({tensor.data_ptr() for tensor in held.values()}) == len(held)
+    assert held.keys() <= {*dict(model.named_parameters()), *dict(model.named_buffers())}
+
+
+def test_both_entries_read_the_embedding() -> None:
     model, program = captured("t5")
-    assert program.weights.keys() <= dict(model.named_parameters()).keys() | {
-        name for name in program.weights if "lifted_tensor" in name
-    }
     assert program.weights.nbytes == sum(each.nbytes for each in model.parameters())
     for entry in program.entries.values():
         assert entry.graph.find_nodes(op="get_attr", target="shared.weight")
@@ -325,6 +330,20 @@ def test_every_entry_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # data -----------------------------------------------------------------------------------------------------------------
+def test_made_up_inputs_leave_what_an_encoder_made_as_it_is() -> None:
+    model, program = captured("t5")
+    examples, _, made = describe_entries(model)
+    samples = make_samples(program, examples, None, Diagnostics(), partial(entry_calls, start=START))
+    names = program.entries[DECODER].signature.input_names
+    example, *others = [dict(zip(names, each, strict=True)) for each in (
+        samples.example[DECODER], *samples.calibration[DECODER],
+    )]  # fmt: skip
+    for other in others:
+        assert all(torch.equal(other[name], example[name]) for name in (*made.source, *made.inputs))
+        assert not torch.equal(other["input_ids"], example["input_ids"])
+    assert samples.held_out.keys() == samples.calibration.keys() == {ENCODER, DECODER}
+
+
 def test_the_decoder_reads_labels_shifted_by_one() -> None:
     _, program = captured("t5")
     labels = torch.tensor([[11, 12, 13], [14, -100, -100]])
