@@ -48,7 +48,7 @@ def open_session(
 
     Args:
         artifact: compiled with `task="text-generation"`.
-        batch: how many sequences.
+        batch: how many sequences; with a source as many as it has rows.
         length: places to make room for; by default as many as the model knows.
         input_ids: what an encoder-decoder reads, int64 `[batch, source]`: encoded here, once. What is fed to the
             session are then tokens of the decoder, the first of which is the model's `decoder_start_token_id`.

@@ -21,6 +21,7 @@ from sparc.generation.generate import Ending, stream_tokens
 from sparc.generation.sampling import Sampling
 from sparc.generation.session import ExplicitCache, Session
 from sparc.generation.source import entry_calls
+from sparc.generation.static_cache import StaticCache
 from sparc.generation.task import prepare_task
 from sparc.program import Program
 from sparc.samples import make_samples
@@ -185,6 +186,28 @@ def test_a_session_goes_on(artifact: Artifact) -> None:
     other = artifact.session(**sources())
     expected = artifact.generate(torch.cat([first, targets(3, 2)], dim=1), max_new_tokens=4, session=other)
     assert torch.equal(again, expected[:, 5:])
+
+
+def test_a_source_is_moved_to_the_device_once() -> None:
+    entry = captured("bart")[1].entries[DECODER]
+    assert entry.cache is not None
+    calls: list[list[Any]] = []
+
+    def run(given: Any) -> list[Any]:
+        calls.append(list(given))
+        return [torch.zeros(2, 1, VOCABULARY)]
+
+    source = {name: torch.zeros(2, 4, 6, 8) for name in entry.cache.source}
+    session = Session(entry, StaticCache(entry, run, 2, 8, "meta"), 2, 8, source)
+    session.feed(targets(2, 1))
+    session.feed(targets(2, 1))
+    first, second = (dict(zip(entry.signature.input_names, each, strict=False)) for each in calls)
+    assert all(first[name] is second[name] and first[name].is_meta for name in source)
+    assert first["input_ids"] is not second["input_ids"]
+
+
+def test_the_cache_lies_in_buffers() -> None:
+    assert isinstance(served("t5", "reference")[1].session(**sources())._run, StaticCache)
 
 
 def test_nothing_is_longer_than_the_model_knows(artifact: Artifact) -> None:
