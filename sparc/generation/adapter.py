@@ -43,15 +43,16 @@ def as_transformers(artifact: "Artifact") -> Any:
     except (ValueError, TypeError) as error:
         raise _unable(f"{CONFIG} is missing or damaged", why=f"{type(error).__name__}: {error}"[:200]) from None
 
-    methods = _CompiledWithSource if entry.cache.source else _Compiled
+    has_encoder = bool(entry.cache.source)
+    methods: Any = _CompiledWithSource if has_encoder else _Compiled
 
     class CompiledModel(methods, PreTrainedModel, GenerationMixin):  # type: ignore[misc, valid-type]
         """The artifact under transformers' interface."""
 
-        output_type = Seq2SeqLMOutput if entry.cache.source else CausalLMOutputWithPast
+        output_type = Seq2SeqLMOutput if has_encoder else CausalLMOutputWithPast
         _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # whatever the config asks for
 
-    model = CompiledModel(config)
+    model: Any = CompiledModel(config)
     model.hold(artifact)
     given = attached_json(artifact, SETTINGS)
     model.generation_config = GenerationConfig(**given) if SETTINGS in artifact.attachments else GenerationConfig()
@@ -158,7 +159,7 @@ class _CompiledWithSource(_Compiled):
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
         states = self.encoder(input_ids, attention_mask) if encoder_outputs is None else encoder_outputs
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if past_key_values is None else past_key_values
+        cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache()) if past_key_values is None else past_key_values
         named = {TOKENS: decoder_input_ids, **self.encoder.arguments(states[0], attention_mask)}
         layers = [layer for layer in cache.self_attention_cache.layers if layer.get_seq_length()]
         if layers:
