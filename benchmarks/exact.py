@@ -2,6 +2,7 @@
 
     python -m benchmarks.exact models        # writes benchmarks/results/exact.json
     python -m benchmarks.exact layers        # compile time of all exact passes against the number of layers
+    python -m benchmarks.exact unmatched     # seconds of passes with nothing to do
     python -m benchmarks.exact page          # writes the tables of docs/exact.md from both
 
 "before" is the canonical program, "after" the recipe `exact`. Launches are nodes of the ONNX file and operators of the
@@ -9,6 +10,7 @@ eager program; times are ratios after / before, interleaved pairs at 2 threads, 
 """
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -26,18 +28,31 @@ import sparc
 from benchmarks.results import FOLDER, ratio_text, save, show
 from benchmarks.timing import compare
 from examples.models import efficientnet, minilm, reparameterized, smollm2
+from sparc.api import registry
+from sparc.diag import Diagnostics
+from sparc.driver import Driver
 from sparc.measure import paired_ratio
 from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.coalesce import coalesce_parallel
 from sparc.passes.recipes import recipes
 from sparc.passes.rotate import Rotate
 from sparc.program import Program
+from sparc.samples import make_samples
 
 app = typer.Typer(add_completion=False)
 THREADS, PAIRS = 2, 40
 PAGE = Path(__file__).parent.parent / "docs" / "exact.md"
 START, END = "<!-- exact -->", "<!-- end -->"
 LAYERS = (4, 15, 30, 60, 120)
+UNMATCHED = (
+    "fold_batch_norm",
+    "fold_batch_norm_before",
+    "fold_shared",
+    "fold_affine",
+    "fold_table",
+    "fold_prompt",
+    "merge_neurons",
+)
 
 
 def _image(block: Callable[[], nn.Module]) -> Callable[[], dict[str, Any]]:
@@ -178,6 +193,27 @@ def layers() -> None:
         rows[-1]["milliseconds per layer"] = 1e3 * seconds / count
     show("compile time of all exact passes, checks included", rows)
     save("exact-layers", {"rows": rows})
+
+
+@app.command()
+def unmatched() -> None:
+    """Seconds of every exact pass that finds nothing to do in the canonical SmolLM2, the median of five runs."""
+    torch.set_num_threads(THREADS)
+    arguments, diagnostics = smollm2.smollm2(), Diagnostics()
+    program = sparc.capture(arguments["model"], arguments["example_inputs"], dynamic=arguments["dynamic"])
+    samples = make_samples(program, {"forward": arguments["example_inputs"]}, None, diagnostics)
+    driver = Driver(program, samples, diagnostics, verify="types")
+    driver.run(Canonicalize(), "*")
+    known, rows = registry(), []
+    for name in UNMATCHED:
+        times, before = [], driver.program.text()
+        for _ in range(5):
+            started = time.process_time()
+            driver.run(known.pass_type(name)(), "*")
+            times.append(time.process_time() - started)
+        assert driver.program.text() == before
+        rows.append({"pass": name, "seconds": statistics.median(times)})
+    show("exact passes with nothing to do", rows)
 
 
 @app.command()

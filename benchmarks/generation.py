@@ -58,7 +58,8 @@ def make_recipe(recipe: str, folder: Path) -> dict[str, Any]:
 def make_peer(precision: str, folder: Path, source: Path) -> dict[str, Any]:
     """What onnxruntime-genai's own builder makes of the model."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(folder)]
-    subprocess.run([*command, "-p", precision, "-e", "cpu", "-c", str(folder / "cache")], check=True)
+    command += ["-p", precision, "-e", "cpu", "-c", str(folder / "cache")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return {"weights MB": sum(path.stat().st_size for path in folder.glob("*.onnx*")) / 1e6}
 
 

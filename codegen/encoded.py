@@ -13,7 +13,7 @@ from sparc.encoding.operators import find_spec, is_decode, is_quantize
 from sparc.encoding.view import WeightView
 from sparc.program import Program, is_weight
 
-Kind = Literal["float", "tensor", "token", "block", "static", "split", "other"]
+Kind = Literal["float", "tensor", "token", "block", "static", "split", "split_block", "other"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Activation:
 
     Args:
         node: its value, a float tensor.
-        kind: `float` when it is not quantized; `tensor`, `token` or `block` for a dynamic scale; `static`; `split` for
-            two codes that add up to 16 bits; `other` for a quantization no operator carries.
+        kind: `float` when it is not quantized; `tensor`, `token` or `block` for a dynamic scale; `static`; `split` and
+            `split_block` for two codes that add up to 16 bits; `other` for a quantization no operator carries.
         source: the value before quantization.
         spec: the grid of the codes; None when float or split.
         params: static scale and zero point.
@@ -138,11 +138,15 @@ def _match_split(node: fx.Node) -> Activation | None:
     if len(node.args) != 2 or node.kwargs:
         return None
     coarse, fine = (_match_decoded(arg) for arg in node.args)
-    if coarse is None or fine is None or coarse.kind != "tensor":
+    if coarse is None or fine is None or coarse.kind not in ("tensor", "block"):
         return None
     rest = fine.source
     if rest.target is not torch.ops.aten.sub.Tensor or rest.args != (coarse.source, coarse.node) or rest.kwargs:
         return None
+    if coarse.kind == "block":
+        return (
+            Activation(node, "split_block", coarse.source, halves=(coarse, fine)) if fine.spec == coarse.spec else None
+        )
     if fine.kind not in ("static", "tensor") or fine.spec is None or not fine.spec.symmetric:
         return None
     return Activation(node, "split", coarse.source, halves=(coarse, fine))

@@ -1,4 +1,4 @@
-"""Writes docs/diagnostics.md from the catalogue in sparc/codes.py: `make docs`."""
+"""Writes docs/diagnostics.md from the catalogue in sparc/codes: `make docs`."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ about what was not done. Each says what happened, where in the user's model, why
 `sparc explain CODE` prints an entry of this page. A code keeps its meaning for ever; one that is no longer used is not
 given to anything else.
 
-This page is generated from `sparc/codes.py` by `make docs`.
+This page is generated from `sparc/codes` by `make docs`.
 """
 
 

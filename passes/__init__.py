@@ -12,11 +12,12 @@ def extension() -> Extension:
     from sparc.encoding.parse import BUILTIN
     from sparc.passes.activation.correct import CorrectBias
     from sparc.passes.activation.dynamic import QuantizeActivations
+    from sparc.passes.activation.minimum import SplitMinimum
     from sparc.passes.activation.pairs import CancelPairs
     from sparc.passes.activation.static import CalibrateActivations
     from sparc.passes.canonicalize import Canonicalize
     from sparc.passes.clean import RemoveDead
-    from sparc.passes.coalesce import MergeNeurons, coalesce_parallel
+    from sparc.passes.coalesce import MergeNeurons, coalesce_parallel, stack_projections
     from sparc.passes.cut.blocks import DropBlocks
     from sparc.passes.cut.merge_blocks import MergeBlocks
     from sparc.passes.decode import Decode
@@ -48,9 +49,10 @@ def extension() -> Extension:
         fold_table,
         fold_norm_affine,
     )
-    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, coalesce_parallel)
+    stacks = (coalesce_parallel, stack_projections)
+    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, *stacks)
     cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks)
     moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Prune)
-    activations = (QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
+    activations = (SplitMinimum, QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, *cuts, *moves, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

@@ -48,6 +48,7 @@ def recipes() -> dict[str, Recipe]:
 
     - `dense`: nothing is compressed; the graph is cleaned and raised.
     - `exact`: as `dense`, and every fold and merge that changes nothing but rounding.
+    - `keep`: a compressed checkpoint's own codes and scales; the graph is cleaned and raised, no weight is changed.
     - `w8`: weights in 8 bits per output channel.
     - `w4`: weights in 4 bits per group of 32, and in 8 per output channel where that removes most output noise for each
     byte of a budget; embeddings (and a head tied to one) in 8.
@@ -60,6 +61,7 @@ def recipes() -> dict[str, Recipe]:
     return {
         "dense": Recipe(tuple(Step(each) for each in prepare()), name="dense"),
         "exact": Recipe(tuple(Step(each) for each in (*prepare(), *exact())), name="exact"),
+        "keep": Recipe((Step(Canonicalize()), Step(Encode())), name="keep"),
         "w8": _recipe("w8", Round(INT8)),
         "w4": _recipe(
             "w4",

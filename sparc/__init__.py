@@ -1,10 +1,11 @@
 """sparc: a compiler for sparse and quantized PyTorch models that shows the evidence."""
 
-from sparc.api import coalesce, compile, decoalesce, deepen, interpolate, load, plan, widen
+from sparc.api import coalesce, compile, decoalesce, deepen, interpolate, load, plan, read_checkpoint, widen
 from sparc.artifact import Artifact
+from sparc.backend import Backend
 from sparc.capture import capture, capture_entries
 from sparc.contract import Approximate, Bounded, Exact
-from sparc.diag import Diagnostics, SparcError
+from sparc.diag import Diagnostics, SparcError, SparcWarning
 from sparc.pass_base import Pass, PassContext, Stage
 from sparc.program import Program
 from sparc.recipe import Recipe, Step
@@ -14,6 +15,7 @@ from sparc.rewrite import Match, Skip, rewrite
 __all__ = [
     "Approximate",
     "Artifact",
+    "Backend",
     "Bounded",
     "Diagnostics",
     "Exact",
@@ -25,6 +27,7 @@ __all__ = [
     "Recipe",
     "Skip",
     "SparcError",
+    "SparcWarning",
     "Stage",
     "Step",
     "capture",
@@ -36,6 +39,7 @@ __all__ = [
     "interpolate",
     "load",
     "plan",
+    "read_checkpoint",
     "rewrite",
     "widen",
 ]

@@ -13,9 +13,10 @@ from sparc import codes, evidence
 from sparc.analysis.sites import Site, find_sites
 from sparc.artifact import Artifact, load_artifact
 from sparc.capture import Dynamic, capture, merge
+from sparc.checkpoint.base import Checkpoint
 from sparc.diag import Diagnostics, PassError
 from sparc.driver import VERIFY_LEVELS, Driver
-from sparc.exported import capture_exported
+from sparc.exported import capture_exported, runnable
 from sparc.generation.task import EntryTask, Task, prepare_task
 from sparc.memory import trim
 from sparc.parity import check_sites
@@ -31,6 +32,7 @@ from sparc.target import Emission, EmitContext, Estimating, Target
 if TYPE_CHECKING:
     from sparc.passes.levels import LevelMap
 
+Model = nn.Module | ExportedProgram | Checkpoint
 RecipeLike = str | Path | Recipe | Iterable[Pass | Step]
 
 
@@ -49,6 +51,31 @@ class Plan:
     claims: tuple[frozenset[str], ...]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What compile is asked for, checked; made by `check_job`.
+
+    Args:
+        registry: everything registered.
+        recipe: the recipe.
+        target: the target.
+        target_name: as the user spelt it.
+        verify: `types`, `sample` or `full`.
+        options: options of the target.
+    """
+
+    registry: Registry
+    recipe: Recipe
+    target: Target
+    target_name: str
+    verify: str
+    options: Mapping[str, Any]
+
+    def context(self, diagnostics: Diagnostics) -> EmitContext:
+        """What the target may use while emitting."""
+        return EmitContext(diagnostics, self.options, self.registry.lowerings)
+
+
 def registry(diagnostics: Diagnostics | None = None) -> Registry:
     """Everything registered: sparc's own passes, encodings, recipes and targets, and those of installed extensions."""
     from sparc import codegen, passes
@@ -57,7 +84,7 @@ def registry(diagnostics: Diagnostics | None = None) -> Registry:
 
 
 def compile(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     example_inputs: Any = None,
     *,
     task: str | None = None,
@@ -73,11 +100,11 @@ def compile(
     """Capture a model, compress it by a recipe, check everything, and lower it: the artifact is called like the model.
 
     Args:
-        model: a module in float32, or an exported program.
+        model: a module in float32, an exported program, or what `read_checkpoint` gave.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
         task: `text-generation` works example inputs, dynamic dimensions and a cache out from a language model of
             transformers, a decoder or an encoder-decoder; `data` is then what its tokenizer returns.
-        recipe: a registered name (`w8`, `w4`, `w8a8`, ...), a TOML file, a Recipe, or passes in order.
+        recipe: a registered name (`w8`, `w4`, `w8a8`, `keep`, ...), a TOML file, a Recipe, or passes in order.
         target: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`, `cuda`, `cuda:sm_90`, `reference`.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`.
         data: inputs for calibration and measuring, or a function that returns them; every fourth one is held out
@@ -91,40 +118,72 @@ def compile(
         SparcError: a diagnostic with a stable code, what, where, why and what to do next; nothing is left behind.
     """
     diagnostics = Diagnostics()
+    job = check_job(recipe, target, verify, options, diagnostics)
+    given = _given(model, example_inputs, task, dynamic, data)
+    captured = _capture(given, diagnostics)
+    examples = {name: entry.example_inputs for name, entry in given.entries.items()}
+    samples = make_samples(captured, examples, given.data, diagnostics, given.feed)
+    artifact, plain = compile_program(captured, samples, job, diagnostics)
+    artifact.attachments.update(given.attachments)
+    if measure:
+        _measure(artifact, given, job, plain)
+    artifact.ledger.summary.metric = evidence.check_metric(metric, artifact)
+    return artifact
+
+
+def check_job(
+    recipe: RecipeLike, target: str, verify: str, options: Mapping[str, Any] | None, diagnostics: Diagnostics
+) -> Job:
+    """What compile is asked for, checked; the arguments are compile's.
+
+    Raises:
+        SparcError: SPARC201 to SPARC213, SPARC407 for something that does not exist or does not fit.
+    """
     known = registry(diagnostics)
     place, chosen = known.target(target.removesuffix(":cpu")), resolve_recipe(recipe, known)
     check_verify(verify)
     place.check_options(options or {})
-    alone = {"forward": EntryTask(model, example_inputs, dynamic)}
-    job = prepare_task(task, model, data) if task is not None else Task(alone, data)
-    captured = _capture_task(job, diagnostics)
-    examples = {name: entry.example_inputs for name, entry in job.entries.items()}
-    samples = make_samples(captured, examples, job.data, diagnostics, job.feed)
-    driver = Driver(captured, samples, diagnostics, verify=verify)
-    plain, baseline = run_steps(driver, chosen, [known.pass_type(name)(**given) for name, given in place.legalizations])
-    context = EmitContext(diagnostics, dict(options or {}), known.lowerings)
-    emission = place.emit(driver.program, context)
-    if verify != "types" and emission.native:
-        check_sites(baseline, driver.program, place, samples, context, every=verify == "full")
-    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, chosen.to_toml(), job.attachments)
-    _gather_evidence(artifact, captured, baseline, samples, target)
-    if measure:
-        _measure(artifact, job, place, plain, context)
-    driver.ledger.summary.metric = evidence.check_metric(metric, artifact)
-    return artifact
+    return Job(known, chosen, place, target, verify, dict(options or {}))
+
+
+def compile_program(
+    captured: Program, samples: Samples, job: Job, diagnostics: Diagnostics
+) -> tuple[Artifact, Program]:
+    """Compress, check and lower a program; nothing is timed.
+
+    Args:
+        captured: the program; it is not changed.
+        samples: inputs for calibration and checks.
+        job: what to do.
+        diagnostics: gets warnings and remarks.
+
+    Returns:
+        The artifact, and the program before the first step that serves compression.
+    """
+    driver = Driver(captured, samples, diagnostics, verify=job.verify)
+    needed = [job.registry.pass_type(name)(**given) for name, given in job.target.legalizations]
+    plain, baseline = run_steps(driver, job.recipe, needed)
+    context = job.context(diagnostics)
+    emission = job.target.emit(driver.program, context)
+    if job.verify != "types" and emission.native:
+        check_sites(baseline, driver.program, job.target, samples, context, every=job.verify == "full")
+    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, job.recipe.to_toml())
+    _gather_evidence(artifact, captured, baseline, samples, job.target_name)
+    return artifact, plain
 
 
 def plan(
-    model: nn.Module | ExportedProgram,
-    example_inputs: Any,
+    model: Model,
+    example_inputs: Any = None,
     *,
+    task: str | None = None,
     recipe: RecipeLike = "w8",
     dynamic: Dynamic | None = None,
 ) -> Plan:
     """What compile would do, without doing it; the arguments are compile's."""
     diagnostics = Diagnostics()
     chosen = resolve_recipe(recipe, registry(diagnostics))
-    program = _capture(model, example_inputs, dynamic, diagnostics)
+    program = _capture(_given(model, example_inputs, task, dynamic, None), diagnostics)
     sites, others = find_sites(program)
     return Plan(chosen, program, tuple(frozenset(claimed) for claimed in assign(chosen.steps, sites, others)))
 
@@ -164,6 +223,25 @@ def deepen(program: Program, block: int = -1, stack: int = 0) -> Program:
     from sparc.passes import grow
 
     return grow.deepen(program, block, stack)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint that another tool compressed, as it is: the recipe `keep` compiles its codes and scales.
+
+    Args:
+        path: a `.gguf` file, or a Hugging Face folder of GPTQ, AWQ, compressed-tensors or FP8 weights.
+
+    Returns:
+        a model with float32 weights, and the grids that they lie on; nothing is rounded again.
+
+    Raises:
+        CaptureError: SPARC106 for weights that are not finite, SPARC110 when the file, or transformers, is missing,
+            SPARC116 to SPARC119 for files that are cut short, contradict themselves, are of an unknown kind, or whose
+            weights are not those of their architecture.
+    """
+    from sparc.checkpoint import read
+
+    return read.read_checkpoint(path)
 
 
 def load(folder: str | Path) -> Artifact:
@@ -208,6 +286,8 @@ def run_steps(driver: Driver, recipe: Recipe, legalizations: Iterable[Pass] = ()
             plain = driver.program
         if step.pass_.stage < Stage.MASK:
             baseline = driver.program
+    for each in wanted:
+        driver.run(each, "* (for the target)", remarks=False)
     return plain, baseline
 
 
@@ -215,25 +295,23 @@ def _claims(claimed: set[str], site: Site) -> bool:
     return site.weight in claimed
 
 
-def _capture_task(job: Task, diagnostics: Diagnostics) -> Program:
+def _given(model: Model, examples: Any, task: str | None, dynamic: Dynamic | None, data: Data) -> Task:
+    alone = {"forward": EntryTask(model, examples, dynamic)}
+    return prepare_task(task, model, data) if task is not None else Task(alone, data)
+
+
+def _capture(given: Task, diagnostics: Diagnostics) -> Program:
     programs = []
-    for name, each in job.entries.items():
-        program = _capture(each.model, each.example_inputs, each.dynamic, diagnostics, name)
+    for name, each in given.entries.items():
+        if isinstance(each.model, ExportedProgram):
+            program = capture_exported(each.model, entry=name, diagnostics=diagnostics)
+        else:
+            program = capture(
+                each.model, each.example_inputs, dynamic=each.dynamic, entry=name, diagnostics=diagnostics
+            )
         program.main.cache = each.cache
         programs.append(program)
     return merge(programs)
-
-
-def _capture(
-    model: nn.Module | ExportedProgram,
-    examples: Any,
-    dynamic: Dynamic | None,
-    diagnostics: Diagnostics,
-    entry: str = "forward",
-) -> Program:
-    if isinstance(model, ExportedProgram):
-        return capture_exported(model, entry=entry, diagnostics=diagnostics)
-    return capture(model, examples, dynamic=dynamic, entry=entry, diagnostics=diagnostics)
 
 
 def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, samples: Samples, target: str) -> None:
@@ -245,15 +323,14 @@ def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, s
     ledger.summary = evidence.summarize(captured, artifact.program, emission, samples, target, captured.weights.nbytes)
 
 
-def _measure(artifact: Artifact, job: Task, place: Target, plain: Program, context: EmitContext) -> None:
+def _measure(artifact: Artifact, given: Task, job: Job, plain: Program) -> None:
     summary, emission = artifact.ledger.summary, artifact.emission
     estimated = isinstance(emission, Estimating) and not emission.native
-    silent = EmitContext(Diagnostics(), context.options, context.lowerings)
-    dense: Emission | None = None if estimated else place.emit(plain, silent)
-    for name, each in job.entries.items():
-        module = each.model if isinstance(each.model, nn.Module) else each.model.module()
-        for label, given in (each.timed or {"": each.example_inputs}).items():
-            named = bind_examples(module.forward, given)[0]
+    dense: Emission | None = None if estimated else job.target.emit(plain, job.context(Diagnostics()))
+    for name, each in given.entries.items():
+        module = runnable(each.model)
+        for label, inputs in (each.timed or {"": each.example_inputs}).items():
+            named = bind_examples(module.forward, inputs)[0]
             tensors = artifact.program.entries[name].signature.bind((), named)
             if dense is None:
                 found = emission.estimate(tensors, name)  # type: ignore[attr-defined]

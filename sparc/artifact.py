@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sparc import codes, files
+from sparc.checkpoint.export import Exported, export_checkpoint
 from sparc.diag import ArtifactError, Diagnostic, LoweringError, SparcError
 from sparc.encoding.base import Encoding
 from sparc.encoding.parse import parse_spec
@@ -205,6 +206,10 @@ class Artifact:
             raise self._no_entry(entry)
         export(Path(path), external_data=external_data, entry=entry)
         return Path(path)
+
+    def export_checkpoint(self, folder: str | Path) -> Exported:
+        """Write a Hugging Face folder with packed weights, for vLLM: see `sparc.checkpoint.export`."""
+        return export_checkpoint(self, folder)
 
 
 def _manifest_json(target: str, records: Mapping[str, FileRecord]) -> bytes:

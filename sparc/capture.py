@@ -9,28 +9,50 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import ConstantArgument, ExportGraphSignature, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from sparc import codes
+from sparc.checkpoint.base import Checkpoint
 from sparc.diag import CaptureError, Diagnostics, Location
 from sparc.dimensions import dimensions, fixed, named_forward, refine, tile
-from sparc.functional import draws, functionalize, is_impure
+from sparc.functional import Graphed, draws, functionalize, is_impure
 from sparc.program import Entry, Program, Weight, WeightStore, location
 from sparc.signature import Leaf, Signature, Structure, bind_examples, describe_inputs
 from sparc.source import short_path, source_line
 
 Dynamic = Mapping[str, Mapping[int, Any]]
+
+
+class Exported(Graphed, Protocol):
+    """What a program is made from: `torch.export.ExportedProgram`, or what looks like one."""
+
+    @property
+    def graph_signature(self) -> ExportGraphSignature:
+        """What the placeholders and results are."""
+        ...
+
+    @property
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers by name."""
+        ...
+
+    @property
+    def constants(self) -> Mapping[str, Any]:
+        """Other tensors by name."""
+        ...
+
+
 _NO_EFFECT = ("_assert", "sym_constrain_range", "_check")
 
 
 def capture(
-    model: nn.Module,
+    model: nn.Module | Checkpoint,
     example_inputs: Any,
     *,
     dynamic: Dynamic | None = None,
@@ -40,7 +62,7 @@ def capture(
     """Capture a model in eval mode as a Program with one entry.
 
     Args:
-        model: any module that torch.export can trace; its training flag is restored afterwards.
+        model: any module that torch.export can trace; its training flag and a checkpoint's grids are kept.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`. Equal names are
             equal sizes. Nested inputs are named with dots: `past.0.key`.
@@ -51,6 +73,9 @@ def capture(
         CaptureError: SPARC101 to SPARC111, with the user's own source line where there is one.
     """
     diagnostics = diagnostics if diagnostics is not None else Diagnostics()
+    if isinstance(model, Checkpoint):
+        plain = capture(model.model, example_inputs, dynamic=dynamic, entry=entry, diagnostics=diagnostics)
+        return model.attach(plain, diagnostics)
     if not isinstance(model, nn.Module):
         raise CaptureError(codes.INPUTS_MISSING, "model must be a torch.nn.Module", why=f"got {type(model).__name__}")
     named, positional = bind_examples(model.forward, example_inputs)
@@ -71,12 +96,12 @@ def capture(
 
 
 def capture_entries(
-    model: nn.Module, entries: Mapping[str, Mapping[str, Any]], diagnostics: Diagnostics | None = None
+    model: nn.Module | Checkpoint, entries: Mapping[str, Mapping[str, Any]], diagnostics: Diagnostics | None = None
 ) -> Program:
     """Capture one model several times (prefill and decode, say) as one Program over one weight store.
 
     Args:
-        model: the module.
+        model: the module, or a checkpoint.
         entries: for each entry's name, `{"example_inputs": ..., "dynamic": ...}`.
         diagnostics: collects remarks.
     """
@@ -109,15 +134,22 @@ def _check_weights(model: nn.Module) -> None:
             raise CaptureError(
                 codes.UNSUPPORTED_OPERATOR, f"weight {name!r} is on device {parameter.device}", hint="call model.cpu()"
             )
-        if not bool(torch.isfinite(parameter).all()):
-            raise CaptureError(
-                codes.BAD_WEIGHT, f"weight {name!r} contains NaN or Inf", where=Location(name.rpartition(".")[0])
-            )
+        check_weight(name, parameter, trainable=True)
     for name, buffer in model.named_buffers():
-        if bool(torch.isnan(buffer).any()):
-            raise CaptureError(
-                codes.BAD_WEIGHT, f"buffer {name!r} contains NaN", where=Location(name.rpartition(".")[0])
-            )
+        check_weight(name, buffer, trainable=False)
+
+
+def check_weight(name: str, tensor: Tensor, *, trainable: bool) -> None:
+    """Parameters are finite, and buffers hold no NaN.
+
+    Raises:
+        CaptureError: SPARC106.
+    """
+    wrong = ~tensor.isfinite() if trainable else tensor.isnan()
+    if bool(wrong.any()):
+        kind, found = ("weight", "NaN or Inf") if trainable else ("buffer", "NaN")
+        where = Location(name.rpartition(".")[0])
+        raise CaptureError(codes.BAD_WEIGHT, f"{kind} {name!r} contains {found}", where=where)
 
 
 def _call_eagerly(model: nn.Module, named: Mapping[str, Any]) -> Any:
@@ -182,22 +214,23 @@ def _export_refining(
         except torch._dynamo.exc.UserError as error:
             narrowed = refine(str(error), shapes, sizes, diagnostics)
             if narrowed is None:
-                raise _refusal(error) from None
+                raise refusal(error, "torch.export") from None
             shapes = narrowed
         except Exception as error:  # torch.export raises whatever the model's code raises under tracing
-            raise _refusal(error) from None
+            raise refusal(error, "torch.export") from None
     raise CaptureError(
         codes.DYNAMIC_DIMENSION, "the dynamic dimensions could not be settled", why="torch kept suggesting other ranges"
     )
 
 
-def _refusal(error: BaseException) -> CaptureError:
+def refusal(error: BaseException, what: str) -> CaptureError:
+    """SPARC101 for what torch raised in `what`, with the user's line."""
     kind = type(error).__name__
     return CaptureError(
         codes.CAPTURE_FAILED,
         "what the model computes depends on the values of a tensor"
         if kind == "GuardOnDataDependentSymNode"
-        else f"torch.export stopped with {kind}",
+        else f"{what} stopped with {kind}",
         where=_user_frame(error),
         why=_first_lines(error),
     )
@@ -237,7 +270,7 @@ def _first_lines(error: BaseException, limit: int = 3) -> str:
 
 # after the export ---------------------------------------------------------------------------------------------------
 def to_program(
-    exported: ExportedProgram, signature: Signature, names: dict[str, str], entry: str, parameters: Mapping[str, Tensor]
+    exported: Exported, signature: Signature, names: dict[str, str], entry: str, parameters: Mapping[str, Tensor]
 ) -> Program:
     """A Program from an exported program.
 
@@ -248,7 +281,7 @@ def to_program(
         entry: the entry's name.
         parameters: the user's trainable tensors, tied ones under each of their names.
     """
-    exported = functionalize(exported)
+    functionalize(exported)
     weights, by_placeholder = _weights(exported, parameters)
     user_inputs = [s.arg for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
     leaf_of = {a.name: leaf for a, leaf in zip(user_inputs, signature.input_leaves, strict=True)}
@@ -296,7 +329,7 @@ def _refuse_random(program: Program) -> None:
             )
 
 
-def _weights(exported: ExportedProgram, parameters: Mapping[str, Tensor]) -> tuple[WeightStore, dict[str, str]]:
+def _weights(exported: Exported, parameters: Mapping[str, Tensor]) -> tuple[WeightStore, dict[str, str]]:
     """The weights under the user's names, tied ones once; and which placeholder stands for which."""
     store = WeightStore()
     by_placeholder: dict[str, str] = {}
@@ -325,7 +358,7 @@ def _weights(exported: ExportedProgram, parameters: Mapping[str, Tensor]) -> tup
     return store, by_placeholder
 
 
-def _outputs(exported: ExportedProgram, values: Any, structure: Structure) -> tuple[list[fx.Node], tuple[Leaf, ...]]:
+def _outputs(exported: Exported, values: Any, structure: Structure) -> tuple[list[fx.Node], tuple[Leaf, ...]]:
     """The nodes of the tensor outputs, and every leaf. Specs are read by position: names go stale when nodes change."""
     results, leaves = [], []
     specs = exported.graph_signature.output_specs
@@ -358,7 +391,7 @@ def _clean_meta(node: fx.Node) -> dict[str, Any]:
     stack = node.meta.get("nn_module_stack") or {}
     if stack:
         path, kind = next(reversed(stack.values()))
-        module = re.sub(r"^L\['self'\]\.?", "", str(path)).removesuffix("@1")
+        module = re.sub(r"^L\['\w+'\]\.?", "", str(path)).removesuffix("@1")
         meta["module"] = "" if module.startswith("_empty_nn_module_stack") else module
         meta["type"] = (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2]
     source = source_line(str(node.meta.get("stack_trace") or ""))

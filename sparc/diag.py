@@ -82,6 +82,10 @@ class SparcError(Exception):
         return self.diagnostic.code.id
 
 
+class SparcWarning(UserWarning):
+    """The user gets something other than what was asked for, where no report would be read."""
+
+
 class CaptureError(SparcError):
     """The model or its inputs could not be captured (SPARC1xx)."""
 
@@ -119,6 +123,9 @@ class Diagnostics:
     def warn(self, code: Code, what: str, *, where: Location | None = None, why: str = "", hint: str = "") -> None:
         """Say that the user gets something other than what was asked for."""
         self.add(Diagnostic(code, what, where or Location(), why, hint, Severity.WARNING))
+
+    def __contains__(self, diagnostic: object) -> bool:
+        return diagnostic in self._items
 
     def __iter__(self) -> Iterator[Diagnostic]:
         return iter(self._items)

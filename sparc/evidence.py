@@ -13,7 +13,7 @@ from sparc.encoding.operators import is_decode
 from sparc.ledger import Ratio, SiteRow, Summary
 from sparc.measure import paired_ratio
 from sparc.pass_base import Samples
-from sparc.program import Program
+from sparc.program import Program, is_weight
 from sparc.serialize.program import place_weights
 from sparc.source import raised_at
 from sparc.target import Emission, Runner
@@ -35,11 +35,12 @@ def site_rows(
     batches = {entry: inputs[:1] for entry, inputs in samples.held_out.items()}
     found = measure_sites(baseline, program, batches, "snr_db")
     measured = {(measure.entry, measure.node): measure.worst for measure in found}
-    after = {site.weight: site for site in find_sites(program)[0]}
+    after = _by_origin(program, baseline)
     files = FileBytes(program, emission)
     rows = []
     for site in find_sites(baseline)[0]:
-        now = after.get(site.weight)
+        now, share = after.get(site.weight, (None, 1.0))
+        stored = now.weight if now is not None else site.weight
         row = SiteRow(site.weight, site.location.module, site.location.source, site.operator)
         row.dense_bytes = baseline.weights[site.weight].nbytes
         uses = [(use.entry, use.node.name) for use in site.uses]
@@ -47,13 +48,28 @@ def site_rows(
         if now is not None and now.encoded:
             row.encoding = str(now.source.args[1])
         row.activation = activation_spec(now)
-        row.file_bytes = files.site(site.weight, now)
-        kernel = emission.kernels.get(site.weight)
+        row.file_bytes = round(share * files.site(stored, now))
+        kernel = emission.kernels.get(stored)
         row.kernel = kernel.operator if kernel else ""
-        row.resident_bytes = kernel.resident_bytes if kernel else row.file_bytes
+        row.resident_bytes = round(share * kernel.resident_bytes) if kernel else row.file_bytes
         row.note = (kernel.note if kernel else "") or ("" if row.encoding != "dense" else why.get(site.weight, ""))
         rows.append(row)
     return rows
+
+
+def _by_origin(program: Program, baseline: Program) -> dict[str, tuple[Site, float]]:
+    """The compiled site that each weight of the baseline went into, and the weight's share of its bytes: weights of
+    products that were stacked are one site.
+    """
+    found: dict[str, tuple[Site, float]] = {}
+    for site in find_sites(program)[0]:
+        parts: Any = site.source.args[0] if site.encoded else [site.source]
+        origins = program.weights.record(str(parts[0].target)).origins if is_weight(parts[0]) else ()
+        known = [name for name in dict.fromkeys((site.weight, *origins)) if name in baseline.weights]
+        total = sum(baseline.weights[name].nbytes for name in known)
+        for name in known:
+            found.setdefault(name, (site, baseline.weights[name].nbytes / total))
+    return found
 
 
 def activation_spec(site: Site | None) -> str:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from sparc.grouped import grouped_mm
+
 Values = Mapping[fx.Node, Any]
 Watch = Callable[[fx.Node, Any, Values], Any]
 
@@ -53,6 +55,9 @@ class WideWeights(Mapping[str, Tensor]):
         return len(self._weights)
 
 
+_WIDE: Mapping[Any, Callable[..., Any]] = {torch.ops.aten._grouped_mm.default: grouped_mm}  # what lacks float64
+
+
 def run_node(node: fx.Node, env: Values, weights: Mapping[str, Tensor], *, wide: bool = False) -> Any:
     """The value of one `get_attr` or `call_function` node, its arguments taken from `env`.
 
@@ -65,6 +70,7 @@ def run_node(node: fx.Node, env: Values, weights: Mapping[str, Tensor], *, wide:
         return pytree.tree_map(widen, node.target(*args, **kwargs))  # type: ignore[operator]
     if wide:
         args, kwargs = fx.node.map_aggregate((args, kwargs), widen)  # type: ignore[misc]
+        return _WIDE.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

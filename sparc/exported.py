@@ -4,11 +4,13 @@ read.
 
 from typing import Any
 
+from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from sparc.capture import to_program
+from sparc.checkpoint.base import Checkpoint
 from sparc.diag import Diagnostics
 from sparc.program import Program
 from sparc.signature import Frozen, Leaf, Signature, Structure
@@ -62,3 +64,10 @@ def _symbol_names(exported: ExportedProgram) -> dict[str, str]:
     values = [node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"]
     sizes = [size for value in pytree.tree_leaves(values) if hasattr(value, "shape") for size in value.shape]
     return {str(size): str(size) for size in sizes if not isinstance(size, int)}
+
+
+def runnable(model: nn.Module | ExportedProgram | Checkpoint) -> nn.Module:
+    """The module to call, of whatever compile takes."""
+    if isinstance(model, Checkpoint):
+        return model.model
+    return model.module() if isinstance(model, ExportedProgram) else model

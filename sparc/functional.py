@@ -6,13 +6,12 @@ are read later are taken again from the new base.
 """
 
 import operator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import ExportedProgram
 
 from sparc import codes
 from sparc.diag import CaptureError, Location
@@ -27,6 +26,20 @@ _SAME = ("alias", "detach", "to", "contiguous", "lift_fresh", "type_as", "dropou
 _RESHAPED = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as")
 _ALWAYS_VIEWS = ("slice", "select", "transpose", "permute", "unsqueeze", "t", "view")
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+class Graphed(Protocol):
+    """A captured graph and the module that holds the bodies of its higher-order operators."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+        ...
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The module."""
+        ...
 
 
 def is_impure(node: fx.Node) -> bool:
@@ -48,8 +61,8 @@ def draws(node: fx.Node) -> bool:
     return not off and given.get("dropout_p", given.get("p")) != 0
 
 
-def functionalize(exported: ExportedProgram) -> ExportedProgram:
-    """The exported program without in-place operators and higher-order wrappers; its graph is edited.
+def functionalize(exported: Graphed) -> None:
+    """Remove in-place operators and higher-order wrappers from the graph of an exported program.
 
     Raises:
         CaptureError: SPARC105 when a weight or an input is written to, SPARC111 for control flow and for in-place
@@ -61,7 +74,6 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
             _inline(owner, node)
     if any(is_mutable(node) for node in graph.nodes):
         _Writes(exported).remove()
-    return exported
 
 
 def refusal(node: fx.Node, what: str, why: str = "", code: codes.Code = codes.UNSUPPORTED_OPERATOR) -> CaptureError:
@@ -108,7 +120,7 @@ def _inline(owner: torch.nn.Module, node: fx.Node) -> None:
 class _Writes:
     """Removes the writes of one graph, in order."""
 
-    def __init__(self, exported: ExportedProgram) -> None:
+    def __init__(self, exported: Graphed) -> None:
         self.graph = exported.graph
         values = [node.meta.get("val") for node in self.graph.nodes]
         mode = torch._guards.detect_fake_mode([value for value in values if isinstance(value, Tensor)])
@@ -125,14 +137,14 @@ class _Writes:
         """What memory every value lies in. Programs that were saved record types only: they are run again."""
         views = [node for node in self.graph.nodes if getattr(node.target, "_opname", "") in _ALWAYS_VIEWS]
         values = {node: node.meta.get("val") for node in self.graph.nodes}
-        if all(_memory(values[node]) == _memory(values[node.args[0]]) for node in views):  # type: ignore[index]
-            return {node: _memory(value) for node, value in values.items()}
+        if all(memory_of(values[node]) == memory_of(values[node.args[0]]) for node in views):  # type: ignore[index]
+            return {node: memory_of(value) for node, value in values.items()}
         with self.mode, torch.no_grad():
             for node in self.graph.nodes:
                 if node.op == "call_function":
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: values[used])
                     values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return {node: _memory(value) for node, value in values.items()}
+        return {node: memory_of(value) for node, value in values.items()}
 
     def remove(self) -> None:
         """Replace every in-place operator."""
@@ -291,7 +303,7 @@ class _Writes:
         ]
 
 
-def _memory(value: Any) -> int | None:
+def memory_of(value: Any) -> int | None:
     """Equal for values that share memory."""
     if isinstance(value, (list, tuple)) and value:
         value = value[0]

@@ -4,6 +4,7 @@ A layout is a chain of steps joined by `+`, applied left to right:
 
 - `identity`;
 - `transpose`: the last two axes swapped;
+- `interleave`: rows of the first half in turns with those of the second;
 - `flip_sign`: 8-bit codes with the sign bit inverted (int8 to uint8 offset by 128, and back);
 - `pack4`: codes below 16, two to a byte along the last axis, the first one low; an odd end is filled with 0;
 - `pad`: the last axis filled up with 0, as the stored shape wants;
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 IDENTITY = "identity"
-_STEPS = frozenset({IDENTITY, "transpose", "flip_sign", "pack4", "pad", "reshape"})
+_STEPS = frozenset({IDENTITY, "transpose", "interleave", "flip_sign", "pack4", "pad", "reshape"})
 
 
 def store(layout: str, tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
@@ -29,6 +30,8 @@ def store(layout: str, tensor: Tensor, shape: Sequence[int] | None = None) -> Te
     for step in _steps(layout):
         if step == "transpose":
             tensor = _transpose(tensor)
+        elif step == "interleave":
+            tensor = _turns(tensor, (2, -1))
         elif step == "flip_sign":
             tensor = _flip_sign(tensor)
         elif step == "pack4":
@@ -54,6 +57,8 @@ def restore(layout: str, stored: Tensor, shape: Sequence[int]) -> Tensor:
     for step, own in zip(reversed(steps), reversed(before[:-1]), strict=True):
         if step == "transpose":
             stored = _transpose(stored)
+        elif step == "interleave":
+            stored = _turns(stored, (-1, 2))
         elif step == "flip_sign":
             stored = _flip_sign(stored)
         elif step == "pack4":
@@ -95,6 +100,11 @@ def _row_length(stored: Sequence[int], shape: Sequence[int]) -> int:
 
 def _transpose(tensor: Tensor) -> Tensor:
     return tensor.transpose(-1, -2).contiguous()
+
+
+def _turns(tensor: Tensor, split: tuple[int, int]) -> Tensor:
+    """The rows, split in two axes that change places."""
+    return tensor.unflatten(-2, split).transpose(-3, -2).flatten(-3, -2).contiguous()
 
 
 def _flip_sign(tensor: Tensor) -> Tensor:

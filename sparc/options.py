@@ -8,7 +8,7 @@ null, so it is written by leaving the option out.
 import enum
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -74,8 +74,7 @@ def read_options(owner: type[Any], values: Mapping[str, Any], parse: ParseSpec, 
     annotations = get_type_hints(owner)
     for name in values:
         if name not in known:
-            near = suggestion(name, known, kind="options") if known else "it has no options"
-            raise PassError(codes.BAD_OPTION, f"{what} has no option {name!r}", hint=near)
+            raise unknown_option(name, known, what)
     for name, field in known.items():
         if name not in values and default_of(field) is MISSING:
             why = f"it has no default; expected {_expected(annotations[name], in_toml=True)}"
@@ -89,6 +88,13 @@ def read_options(owner: type[Any], values: Mapping[str, Any], parse: ParseSpec, 
         raise PassError(
             codes.BAD_OPTION, f"the options of {what} were refused", why=f"{type(error).__name__}: {error}"
         ) from None
+
+
+def unknown_option(name: str, known: Iterable[str], what: str) -> PassError:
+    """The error for an option that `what` does not have."""
+    names = list(known)
+    near = suggestion(name, names, kind="options") if names else "it has no options"
+    return PassError(codes.BAD_OPTION, f"{what} has no option {name!r}", hint=near)
 
 
 def write_options(instance: Any) -> dict[str, Any]:

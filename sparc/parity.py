@@ -93,7 +93,8 @@ def check_sites(
         entry = program.entries[name]
         known = {node.name for node in baseline.entries[name].graph.nodes}
         classes: dict[tuple[Any, ...], fx.Node] = {}
-        for anchor in changed_anchors(baseline, program, name):
+        found = changed_anchors(baseline, program, name)
+        for anchor in [each for one in found for each in _without_sizes(one, known)]:
             if isinstance(anchor.meta["val"], Tensor) and new_inputs(anchor, known):
                 classes.setdefault((anchor.name,) if every else _site_class(anchor, known), anchor)
         sites = {a: site_program(program, entry, a, new_inputs(a, known)) for a in classes.values()}
@@ -103,6 +104,13 @@ def check_sites(
             _check_site(anchor, alone, [values[feed] for feed in feeds], values[anchor.name], target, silent)
             checked += 1
     return checked
+
+
+def _without_sizes(anchor: fx.Node, known: set[str]) -> list[fx.Node]:
+    """The anchor; where it reads sizes, which cannot be fed, the new tensors that it reads instead."""
+    if not any(isinstance(used.meta.get("val"), torch.SymInt) for used in anchor.all_input_nodes):
+        return [anchor]
+    return [used for used in anchor.all_input_nodes if used.name not in known]
 
 
 def _site_class(anchor: fx.Node, known: set[str]) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ from sparc import codes
 from sparc.diag import PassError
 from sparc.suggest import hint
 
-OPERATOR_TYPES = ("linear", "conv", "conv_transposed", "embedding", "matmul")
+OPERATOR_TYPES = ("linear", "conv", "conv_transposed", "embedding", "matmul", "grouped")
 
 _LONGEST_PATTERN = 1000
 _LONGEST_EXPANSION = 65_536

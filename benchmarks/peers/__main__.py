@@ -78,8 +78,7 @@ def _efficientnet(folder: Path) -> None:
 
 
 def _smollm2(folder: Path) -> None:
-    reader = smollm2.read_gguf()
-    model, tokenizer = smollm2.load(reader), smollm2.load_tokenizer(reader)
+    model, tokenizer = smollm2.load(), smollm2.load_tokenizer()
     paths = {
         "float32, fused": smollm2_peers.float32(model, folder),
         "dynamic int8 per channel": smollm2_peers.dynamic_int8(model, folder),

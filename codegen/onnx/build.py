@@ -1,6 +1,6 @@
 """The builder: ONNX nodes and small constants, each distinct computation once, under deterministic names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -66,6 +66,19 @@ class Builder:
         self.append(made)
         self._seen[key] = made.outputs
         return made.outputs
+
+    def branch(self, make: Callable[[], ir.Value | None]) -> ir.Graph | None:
+        """What `make` computes, if it does, as a graph of its own, which may read every value of this one.
+
+        Nothing outside shares its nodes; what it makes must not be a size, which would be remembered.
+        """
+        nodes, seen = self.nodes, self._seen
+        self.nodes, self._seen = [], dict(seen)
+        try:
+            result = make()
+            return None if result is None else ir.Graph([], [result], nodes=self.nodes, name=self.name("branch"))
+        finally:
+            self.nodes, self._seen = nodes, seen
 
     def append(self, node: ir.Node) -> None:
         """Add a node made elsewhere, naming it and its outputs."""

@@ -10,10 +10,12 @@ import onnx
 from torch import Tensor
 
 from sparc import codes
+from sparc.cache import Cache
 from sparc.codegen.onnx.check import check_model, check_parity
 from sparc.codegen.onnx.cuda import uncovered
 from sparc.codegen.onnx.runtime import NO_SPIN, OnnxRunner, has_cuda
-from sparc.codegen.onnx.store import raw_bytes, stored_name
+from sparc.codegen.onnx.session import CacheSession
+from sparc.codegen.onnx.store import part_of, raw_bytes, read_by, stored_name
 from sparc.diag import ArtifactError
 from sparc.program import Program
 from sparc.target import KernelUse, Span, StoredTensor
@@ -33,12 +35,14 @@ class OnnxEmission:
         models: one model per entry, external data left open.
         stored: every stored tensor once.
         kernels: what carries each compressed weight.
+        caches: by entry, which of its tensors one call leaves for the next.
     """
 
     target: str
     models: dict[str, onnx.ModelProto]
     stored: list[StoredTensor]
     kernels: Mapping[str, KernelUse] = field(default_factory=dict)
+    caches: Mapping[str, Cache] = field(default_factory=dict)
 
     @property
     def native(self) -> bool:
@@ -71,6 +75,22 @@ class OnnxEmission:
         cuda = self.target == "onnx:cuda" and has_cuda()
         entries = {**({} if spin else NO_SPIN), **(options or {})}
         return OnnxRunner(self._model(entry), self._by_name(), threads=threads, cuda=cuda, options=entries)
+
+    def session(self, entry: str | None, batch: int, length: int, *, threads: int | None = None) -> CacheSession:
+        """An entry with a cache, which is kept from call to call.
+
+        Args:
+            entry: the entry; the first by default.
+            batch: how many sequences.
+            length: how many places the cache gets at most.
+            threads: threads of one operator.
+
+        Raises:
+            LoweringError: SPARC405 without ONNX Runtime, SPARC406 when it refuses the model.
+        """
+        name = entry or next(iter(self.models))
+        runner = OnnxRunner(self.models[name], self._by_name(), threads=threads)
+        return CacheSession(runner, self.models[name], self.caches[name], batch, length)
 
     def check(
         self, program: Program, inputs: Mapping[str, Sequence[Tensor]], reference: Mapping[str, Mapping[str, Tensor]]
@@ -118,7 +138,7 @@ class OnnxEmission:
             placed = onnx.ModelProto()
             placed.CopyFrom(model)
             for tensor in _external(placed):
-                _point(tensor, WEIGHTS_FILE, spans[stored_name(tensor.name)])
+                self._point(tensor, WEIGHTS_FILE, spans[stored_name(tensor.name)])
             made[self.file_name(entry)] = placed.SerializeToString(deterministic=True)
         return made
 
@@ -138,7 +158,8 @@ class OnnxEmission:
         target = Path(path)
         model = onnx.ModelProto()
         model.CopyFrom(self._model(entry))
-        total = sum(self._by_name()[stored_name(tensor.name)].tensor.nbytes for tensor in _external(model))
+        read = {stored_name(tensor.name) for tensor in _external(model)}
+        total = sum(self._by_name()[name].tensor.nbytes for name in read)
         if external_data is False and total >= onnx.checker.MAXIMUM_PROTOBUF:
             raise ArtifactError(
                 codes.WRITE_FAILED, "weights above 2 GB do not fit into one file", hint="pass external_data=True"
@@ -164,7 +185,7 @@ class OnnxEmission:
     def _embed(self, model: onnx.ModelProto, limit: float = float("inf")) -> None:
         stored = self._by_name()
         for tensor in _external(model):
-            held = stored[stored_name(tensor.name)].tensor
+            held = read_by(tensor.name, stored)
             if held.nbytes < limit:
                 tensor.data_location = onnx.TensorProto.DEFAULT
                 del tensor.external_data[:]
@@ -183,18 +204,20 @@ class OnnxEmission:
                 pieces += [bytes(gap), stored[name].tensor]
                 places[name] = Span(end + gap, stored[name].tensor.nbytes)
                 end += gap + stored[name].tensor.nbytes
-            _point(tensor, file, places[name])
+            self._point(tensor, file, places[name])
         return pieces
+
+    def _point(self, tensor: onnx.TensorProto, file: str, span: Span) -> None:
+        """Point an initializer to what it reads of its stored tensor, which lies at `span` of a file."""
+        length = read_by(tensor.name, self._by_name()).nbytes
+        offset = span.offset + length * (part_of(tensor.name) or 0)
+        del tensor.external_data[:]
+        for key, value in (("location", file), ("offset", str(offset)), ("length", str(length))):
+            tensor.external_data.add(key=key, value=value)
 
 
 def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     return [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-
-
-def _point(tensor: onnx.TensorProto, file: str, span: Span) -> None:
-    del tensor.external_data[:]
-    for key, value in (("location", file), ("offset", str(span.offset)), ("length", str(span.length))):
-        tensor.external_data.add(key=key, value=value)
 
 
 def write_whole(path: Path, pieces: Sequence[bytes | Tensor]) -> None:

@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 
 from sparc import codes
 from sparc import layout as layouts
+from sparc.cache import KEEP
 from sparc.codegen.onnx.build import Builder
 from sparc.codegen.onnx.sizes import Size, Sizes, expression
 from sparc.codegen.onnx.store import Origin, Store, initializer
@@ -98,6 +99,7 @@ class Emitter:
         outputs = self._outputs()
         nodes = self.builder.finish(outputs)
         read = {id(value): value for node in nodes for value in _all_inputs(node) if value.const_value is not None}
+        read |= {id(value): value for value in self._inputs if value.const_value is not None}
         return ir.Graph(
             self._inputs,
             outputs,
@@ -116,6 +118,8 @@ class Emitter:
         value = ir.Value(name=name)
         self._type(value, node.meta["val"])
         self.sizes.learn(value, node.meta["val"])
+        if name == KEEP and self.entry.cache is not None:  # callers who leave it out want the last token's logits
+            value.const_value = ir.tensor(np.array([-1]), name=name)
         self._inputs.append(value)
         self._values[node] = value
 
@@ -226,9 +230,12 @@ class Emitter:
         *,
         dtype: ir.DataType | None = None,
         dims: Sequence[int] | None = None,
+        part: int | None = None,
     ) -> ir.Value:
-        """An initializer over a program weight stored in a layout; `dtype` and `dims` re-read the stored bytes."""
-        return self._initializer(initializer(self.store.weight(name, layout, shape), dtype, dims))
+        """An initializer over a program weight stored in a layout; `dtype` and `dims` re-read the stored bytes, `part`
+        only those of one place on the first axis.
+        """
+        return self._initializer(initializer(self.store.weight(name, layout, shape), dtype, dims, part))
 
     def derived(
         self,
@@ -239,10 +246,11 @@ class Emitter:
         *,
         dtype: ir.DataType | None = None,
         dims: Sequence[int] | None = None,
+        part: int | None = None,
         of: Origin | None = None,
     ) -> ir.Value:
         """An initializer over a tensor computed while emitting; arguments as for `weight`, `of` for what it stores."""
-        return self._initializer(initializer(self.store.derived(name, tensor, layout, shape, of), dtype, dims))
+        return self._initializer(initializer(self.store.derived(name, tensor, layout, shape, of), dtype, dims, part))
 
     def carry(self, site: str, kernel: KernelUse) -> None:
         """Note what carries a weight; of several operators that hold it in memory, all are named and added up."""
@@ -365,5 +373,5 @@ def _all_inputs(node: ir.Node) -> list[ir.Value]:
         if attribute.type == ir.AttributeType.GRAPH:
             inner = attribute.as_graph()
             read += [value for each in inner.all_nodes() for value in each.inputs if value is not None]
-            read += inner.outputs
+            read += list(inner.outputs)
     return read

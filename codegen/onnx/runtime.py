@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from sparc import codes
-from sparc.codegen.onnx.store import is_packed, raw_bytes, stored_name
+from sparc.cache import TOKENS
+from sparc.codegen.onnx.batch import row_by_row
+from sparc.codegen.onnx.store import is_packed, raw_bytes, read_by
+from sparc.codegen.onnx.types import onnx_type, torch_type
 from sparc.diag import LoweringError
 from sparc.target import StoredTensor
 
@@ -76,8 +79,9 @@ class OnnxRunner:
             self.session = runtime.InferenceSession(bare.SerializeToString(), settings, providers=providers)
         except Exception as error:  # ONNX Runtime raises a class per status code, all of them plain Exceptions
             raise LoweringError(
-                codes.RUNTIME_REJECTED, "ONNX Runtime refused the model", why=_first_line(error)
+                codes.RUNTIME_REJECTED, "ONNX Runtime refused the model", why=first_line(error)
             ) from None
+        self._rows = row_by_row(model)
         self._inputs = [value.name for value in model.graph.input]
         self._outputs = [value.name for value in self.session.get_outputs()]
         self._booleans = {value.name for value in self.session.get_outputs() if value.type == "tensor(bool)"}
@@ -89,7 +93,14 @@ class OnnxRunner:
         Raises:
             LoweringError: SPARC406 when the runtime fails.
         """
-        feeds = {name: _to_runtime(tensor) for name, tensor in zip(self._inputs, inputs, strict=True)}
+        given = dict(zip(self._inputs, inputs, strict=True))
+        if self._rows is None or not self._rows.needed(given):
+            return list(self._run(given).values())
+        parts = [self._run(self._rows.row(given, row)) for row in range(given[TOKENS].shape[0])]
+        return list(self._rows.join(parts).values())
+
+    def _run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        feeds = {name: to_runtime(tensor) for name, tensor in given.items()}
         try:
             if self._device == "cuda":
                 results = self._run_bound(feeds)
@@ -97,9 +108,10 @@ class OnnxRunner:
                 results = self.session.run_with_ort_values(self._outputs, feeds)
         except Exception as error:  # as above
             raise LoweringError(
-                codes.RUNTIME_REJECTED, "ONNX Runtime failed while running the model", why=_first_line(error)
+                codes.RUNTIME_REJECTED, "ONNX Runtime failed while running the model", why=first_line(error)
             ) from None
-        return [_to_torch(value, name in self._booleans) for name, value in zip(self._outputs, results, strict=True)]
+        named = zip(self._outputs, results, strict=True)
+        return {name: to_torch(value, name in self._booleans) for name, value in named}
 
     def _run_bound(self, feeds: Mapping[str, "onnxruntime.OrtValue"]) -> list[Any]:
         """Inputs stay where they are; outputs stay on the device until they are read."""
@@ -122,17 +134,25 @@ def _attach(
     for tensor in bare.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        held = stored[stored_name(tensor.name)].tensor
+        held = read_by(tensor.name, stored)
         if is_packed_type(tensor.data_type) or held.numel() == 0:
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
             tensor.raw_data = raw_bytes(held)
         else:
             names.append(tensor.name)
-            values.append(_to_runtime(held.reshape(tuple(tensor.dims))))
+            values.append(to_runtime(_read_as(held, tensor.data_type).reshape(tuple(tensor.dims))))
     if names:
         settings.add_external_initializers(names, values)
     return bare, values
+
+
+def _read_as(held: Tensor, data_type: int) -> Tensor:
+    """The same bytes as another type, of the same size, where an initializer reads them so."""
+    import onnx_ir as ir
+
+    wanted = ir.DataType(data_type)
+    return held if onnx_type(held.dtype) == wanted else held.view(torch_type(wanted))
 
 
 def is_packed_type(data_type: int) -> bool:
@@ -142,7 +162,8 @@ def is_packed_type(data_type: int) -> bool:
     return is_packed(ir.DataType(data_type))
 
 
-def _to_runtime(tensor: Tensor) -> "onnxruntime.OrtValue":
+def to_runtime(tensor: Tensor) -> "onnxruntime.OrtValue":
+    """A tensor as ONNX Runtime's value, over the same memory where that can be."""
     runtime = import_runtime()
     plain = tensor.detach().contiguous()
     if plain.dtype == torch.bool or plain.numel() == 0:
@@ -150,11 +171,13 @@ def _to_runtime(tensor: Tensor) -> "onnxruntime.OrtValue":
     return runtime.OrtValue.from_dlpack(plain)
 
 
-def _to_torch(value: "onnxruntime.OrtValue", is_bool: bool) -> Tensor:
+def to_torch(value: "onnxruntime.OrtValue", is_bool: bool) -> Tensor:
+    """ONNX Runtime's value as a tensor over the same memory; booleans come as bytes."""
     tensor: Tensor = torch.from_dlpack(value)  # type: ignore[attr-defined]
     return tensor.view(torch.bool) if is_bool else tensor
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of ONNX Runtime says, in one line."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0][:400] if lines else type(error).__name__

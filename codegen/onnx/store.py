@@ -1,6 +1,6 @@
 """Which tensors the emitted models store, in which layout, and which initializers stand for them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -12,7 +12,7 @@ from sparc.codegen.onnx.types import onnx_type
 from sparc.program import WeightStore
 from sparc.target import Masked, StoredTensor
 
-ALIAS = "#"
+ALIAS, PART = "#", "@"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Store:
     """Stored tensors, shared by every entry of a program.
 
     An initializer is named as the stored tensor it reads, or that name, `#` and how it reads the same bytes differently
-    (`lm_head.weight_codes#[49152,18,16]`).
+    (`lm_head.weight_codes#[49152,18,16]`), and where it reads one matrix of a stack, `@` and which one
+    (`experts#[64,32]@3`).
 
     Args:
         weights: the program's weights.
@@ -84,29 +85,46 @@ class Store:
         return unique
 
 
-def initializer(stored: StoredTensor, dtype: ir.DataType | None = None, shape: Sequence[int] | None = None) -> ir.Value:
+def initializer(
+    stored: StoredTensor,
+    dtype: ir.DataType | None = None,
+    shape: Sequence[int] | None = None,
+    part: int | None = None,
+) -> ir.Value:
     """A graph value that reads a stored tensor, as another type or shape of the same bytes if asked.
 
     Args:
         stored: the tensor.
         dtype: the ONNX type, when it is not the tensor's own (INT4 over packed bytes, for example).
         shape: the ONNX shape, when it is not the tensor's own.
+        part: read only this element of the first axis.
     """
-    own_type, own_shape = onnx_type(stored.tensor.dtype), tuple(stored.tensor.shape)
+    held = stored.tensor if part is None else stored.tensor[part]
+    own_type, own_shape = onnx_type(held.dtype), tuple(held.shape)
     dtype, shape = dtype or own_type, tuple(own_shape if shape is None else shape)
     name = stored.name
-    if dtype != own_type or shape != own_shape:
+    if dtype != own_type or shape != own_shape or part is not None:
         kind = "" if dtype == own_type else dtype.name.lower()
-        name += f"{ALIAS}{kind}[{','.join(map(str, shape))}]"
-    external = ir.ExternalTensor(
-        "weights.safetensors", 0, stored.tensor.nbytes, dtype, name=name, shape=ir.Shape(shape)
-    )
+        name += f"{ALIAS}{kind}[{','.join(map(str, shape))}]" + ("" if part is None else f"{PART}{part}")
+    external = ir.ExternalTensor("weights.safetensors", 0, held.nbytes, dtype, name=name, shape=ir.Shape(shape))
     return ir.Value(name=name, const_value=external, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
 def stored_name(initializer_name: str) -> str:
     """The stored tensor that an initializer reads."""
     return initializer_name.partition(ALIAS)[0]
+
+
+def part_of(initializer_name: str) -> int | None:
+    """Which element of the stored tensor's first axis an initializer reads; None for all of it."""
+    part = initializer_name.partition(ALIAS)[2].partition(PART)[2]
+    return int(part) if part else None
+
+
+def read_by(initializer_name: str, stored: Mapping[str, StoredTensor]) -> Tensor:
+    """What an initializer reads."""
+    held, part = stored[stored_name(initializer_name)].tensor, part_of(initializer_name)
+    return held if part is None else held[part]
 
 
 def used(tensors: Iterable[StoredTensor], names: set[str]) -> list[StoredTensor]:

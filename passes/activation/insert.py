@@ -7,7 +7,7 @@
 
 Static scales and zero points are weights of the program, of shape []. The split form is a 16-bit activation on two
 8-bit
-products: `|r| <= s / 2`, which is 127 steps of `t`.
+products: `|r| <= s / 2`, which is 127 steps of `t`. By groups of columns, both halves are dynamic and symmetric.
 """
 
 import operator
@@ -42,7 +42,9 @@ def insert_static(
     return _decode(entry, [*codes, *params], spec, before, x, like)
 
 
-def insert_split(entry: Entry, x: fx.Node, before: fx.Node, *, symmetric: bool = False) -> fx.Node:
+def insert_split(
+    entry: Entry, x: fx.Node, before: fx.Node, *, symmetric: bool = False, group: int | None = None
+) -> fx.Node:
     """Insert the split form of x before a node; returns the sum.
 
     Args:
@@ -51,7 +53,13 @@ def insert_split(entry: Entry, x: fx.Node, before: fx.Node, *, symmetric: bool =
         before: the node.
         symmetric: give the coarse codes the zero point of the fine ones, so that a target can stack both into one
             product; a range that lies on one side of zero then loses up to one of the 16 bits.
+        group: how many columns share a scale, of both halves; all by default.
     """
+    if group is not None:
+        spec = IntGrid(8, group, symmetric=True)
+        first = insert_dynamic(entry, x, spec, before)
+        second = insert_dynamic(entry, entry.call(aten.sub.Tensor, x, first, before=before), spec, before)
+        return entry.call(aten.add.Tensor, first, second, before=before)
     coarse = insert_dynamic(entry, x, REMAINDER if symmetric else PER_TENSOR, before)
     scale = coarse.args[0][1]  # type: ignore[index]
     remainder = entry.call(aten.sub.Tensor, x, coarse, before=before)

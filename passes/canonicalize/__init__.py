@@ -8,6 +8,7 @@ from sparc.contract import Bounded, Contract
 from sparc.pass_base import Pass, PassContext, Stage
 from sparc.passes.canonicalize.activation import ACTIVATION
 from sparc.passes.canonicalize.attention import ATTENTION
+from sparc.passes.canonicalize.grouped import GROUPED
 from sparc.passes.canonicalize.linear import LINEAR
 from sparc.passes.canonicalize.mask import MASK
 from sparc.passes.canonicalize.norm import NORM
@@ -19,7 +20,7 @@ from sparc.passes.constants import FoldConstants
 from sparc.program import Program
 
 CLEAN: tuple[Pass, ...] = (RemoveNoOps(), FoldConstants(), MergeCommon())
-FORMS: tuple[Pass, ...] = (*LINEAR, *PRODUCT, *NORM, *ACTIVATION, *ROTARY, *ATTENTION, *MASK)
+FORMS: tuple[Pass, ...] = (*LINEAR, *GROUPED, *PRODUCT, *NORM, *ACTIVATION, *ROTARY, *ATTENTION, *MASK)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Canonicalize(Pass):
         """The passes in order."""
         yield RemoveNoOps()
         yield from LINEAR
+        yield from GROUPED  # before constants are folded: a transpose of the weight would become another weight
         yield from PADDING  # before constants are folded: the border is compared in float64
         yield from CLEAN
         yield from FORMS

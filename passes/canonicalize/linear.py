@@ -17,8 +17,8 @@ def _is_matrix(node: object) -> bool:
     return is_weight(node) and node.meta["val"].ndim == 2  # type: ignore[attr-defined]
 
 
-def _transposed(m: Match) -> fx.Node | Skip:
-    """The weight `w`, transposed, as a weight of its own: its numbers are moved, never rounded."""
+def transposed_weight(m: Match) -> fx.Node | Skip:
+    """The weight `w`, its last two axes swapped, as a weight of its own: its numbers are moved, never rounded."""
     copies = [node for _, node in m.program.nodes() if node.op == "get_attr" and node.target == m.w.target]
     readers = {user for node in copies for user in node.users}
     other = next((user for user in readers if user.target is not m.roots[0].target), None)
@@ -26,7 +26,7 @@ def _transposed(m: Match) -> fx.Node | Skip:
         return m.skip(f"the weight is also read by {other.name}, so that both layouts would be stored")
     weight = m.program.weight(m.w)
     assert weight is not None
-    return m.constant(weight.t().contiguous(), like="w")
+    return m.constant(weight.transpose(-1, -2).contiguous(), like="w")
 
 
 @rewrite(
@@ -49,7 +49,7 @@ def raise_matmul_transposed(m: Match) -> Result:
 )
 def raise_matmul(m: Match) -> Result:
     """matmul(x, W) => linear(x, transpose(W)); the transposed weight replaces W in the store."""
-    weight = _transposed(m)
+    weight = transposed_weight(m)
     return weight if isinstance(weight, Skip) else m.op.linear(m.x, weight)
 
 
@@ -58,7 +58,7 @@ def raise_addmm(m: Match) -> Result:
     """addmm(b, x, W) => linear(x, transpose(W), b)  (the Conv1D of GPT-2)."""
     if m.b.meta["val"].ndim != 1 or m.b.meta["val"].shape[0] == 1:
         return m.skip("the addend is no bias vector")
-    weight = _transposed(m)
+    weight = transposed_weight(m)
     return weight if isinstance(weight, Skip) else m.op.linear(m.x, weight, m.b)
 
 

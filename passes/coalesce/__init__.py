@@ -2,5 +2,6 @@
 
 from sparc.passes.coalesce.neurons import MergeNeurons
 from sparc.passes.coalesce.parallel import coalesce_parallel
+from sparc.passes.coalesce.projections import stack_projections
 
-__all__ = ["MergeNeurons", "coalesce_parallel"]
+__all__ = ["MergeNeurons", "coalesce_parallel", "stack_projections"]

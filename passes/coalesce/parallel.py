@@ -1,6 +1,7 @@
 """Products that read one value (query, key and value; gate and up; branches of one shape) become one product."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import fx
 
 from sparc.analysis.values import same_shape, tensor_type
 from sparc.contract import Bounded
+from sparc.encoding.grid import Grid
+from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.operators import is_decode
 from sparc.pass_base import Stage
 from sparc.passes.fold.norm import kept_elsewhere
@@ -24,12 +27,13 @@ def _alike(program: Program, node: fx.Node) -> Any:
     """What products must share to be stacked: operator, geometry, the weight's shape but for its rows, and types."""
     given = dict(normalized_arguments(node))
     del given["input"]
-    weight, bias = program.weights[str(given.pop("weight").target)], given.pop("bias")
+    record, bias = program.weights.record(str(given.pop("weight").target)), given.pop("bias")
     geometry = tuple((name, str(value)) for name, value in given.items())
-    return node.target, geometry, weight.shape[1:], weight.dtype, bias is not None
+    spec = None if record.grid is None else str(record.grid.spec)
+    return node.target, geometry, record.tensor.shape[1:], record.tensor.dtype, bias is not None, spec
 
 
-def _reason(node: fx.Node) -> str:
+def _reason(program: Program, node: fx.Node) -> str:
     """Why a product cannot be stacked with others; empty when it can."""
     given = normalized_arguments(node)
     weight, bias = given["weight"], given["bias"]
@@ -41,9 +45,17 @@ def _reason(node: fx.Node) -> str:
         return "its result is viewed, which needs it in one piece"
     if weight.meta["val"].ndim < 2:
         return "its weight is a vector"
+    grid = program.grid(weight)
+    if grid is not None and not _by_rows(grid):
+        return f"its grid {grid.spec} holds for the whole weight"
     if len(weight.users) > 1 or (bias is not None and len(bias.users) > 1):
         return "its weight is used elsewhere as well"
     return "its channels are mapped in groups" if given.get("groups", 1) != 1 else ""
+
+
+def _by_rows(grid: Grid) -> bool:
+    """Whether every row of a weight has its own part of the grid."""
+    return isinstance(grid.spec, IntGrid) and grid.spec.group != "tensor" and grid.view == "matrix"
 
 
 def _find(program: Program, node: fx.Node) -> Found | Skip | None:
@@ -66,23 +78,42 @@ def _find_here(program: Program, node: fx.Node) -> Found | Skip | None:
     others = [each for each in x.users if each.target == node.target and each.args[0] is x]
     if len(others) < 2:
         return None
-    why = _reason(node)
+    why = _reason(program, node)
     if why:
         return Skip(why)
     kind = _alike(program, node)
-    group = [each for each in others if not _reason(each) and _alike(program, each) == kind]
+    group = [each for each in others if not _reason(program, each) and _alike(program, each) == kind]
     group.sort()  # by their places in the graph
-    if group[0] is not node or len(group) < 2:
-        return None
-    values = {"x": x, "products": tuple(group), "w": node.args[1], "b": normalized_arguments(node)["bias"]}
+    return found_products(group) if group[0] is node and len(group) > 1 else None
+
+
+def stack_together(program: Program, products: Sequence[fx.Node]) -> bool:
+    """Whether some products, all of one value, can be stacked."""
+    if any(each.target not in _PRODUCTS or each.args[0] is not products[0].args[0] for each in products):
+        return False
+    return (
+        not any(_reason(program, each) for each in products) and len({_alike(program, each) for each in products}) == 1
+    )
+
+
+def found_products(group: Sequence[fx.Node]) -> Found:
+    """A match of products to be stacked in this order."""
+    first = group[0]
+    bias = normalized_arguments(first)["bias"]
+    values = {"x": first.args[0], "products": tuple(group), "w": first.args[1], "b": bias}
     return Found(values, tuple(group), tuple(group))
 
 
 @rewrite(find=_find, contract=Bounded(1e-4), stage=Stage.COALESCE)
 def coalesce_parallel(m: Match) -> "tuple[fx.Node, ...] | Skip":
     """linear(x, A, a), linear(x, B, b), ... => split(linear(x, [A; B; ...], [a; b; ...])), also for convolutions of one
-    geometry.
+    geometry. Weights that lie on grids of one kind, a scale for each row at least, lie on the stacked grid.
     """
+    return stack(m)
+
+
+def stack(m: Match) -> "tuple[fx.Node, ...] | Skip":
+    """The rewrite of a match by `found_products`."""
     products: tuple[fx.Node, ...] = m.products
     kinds = [tensor_type(each) for each in products]
     axis = 1 - m.w.meta["val"].ndim  # the same with and without a batch
@@ -100,5 +131,10 @@ def _stacked(m: Match, name: str, like: str) -> fx.Node | None:
     nodes = [normalized_arguments(each)[name] for each in m.products]
     if nodes[0] is None:
         return None
-    tensors = [m.program.weights[str(each.target)] for each in nodes]
-    return m.constant(torch.cat(tensors), like=like, of=nodes)
+    records = [m.program.weights.record(str(each.target)) for each in nodes]
+    made = m.constant(torch.cat([each.tensor for each in records]), like=like, of=nodes)
+    grids = [each.grid for each in records if each.grid is not None]
+    if len(grids) == len(records):
+        parts = {part: torch.cat([grid.tensors[part] for grid in grids]) for part in grids[0].tensors}
+        m.program.set_weight(made, m.program.weights[str(made.target)], replace(grids[0], tensors=parts))
+    return made

@@ -82,9 +82,12 @@ class Unbatched:
         if sizes is not None:
             return node if is_static(node) else self._call(node, node.target, sizes, *node.args[1:], **node.kwargs)
         tensors = [used for used in node.all_input_nodes if tensor_type(used) is not None]
-        parts = {used: part for used in tensors if (part := self.of(used)) is not None}
-        if len(parts) < len(tensors):
-            return None
+        parts: dict[fx.Node, fx.Node] = {}
+        for used in tensors:
+            part = self.of(used)
+            if part is None:
+                return None
+            parts[used] = part
         if packet(node) in (aten.expand, aten.repeat, aten.slice) and len(tensors) == 1:
             return self._repeated(node, parts[tensors[0]])
         if len(tensors) < len(node.all_input_nodes):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from sparc.analysis.sites import Site, Use
+from sparc.grouped import runs
 from sparc.pass_base import PassContext
 from sparc.program import Program
 
@@ -17,8 +18,9 @@ def column_importance(program: Program, site: Site, context: PassContext) -> Ten
     input's mean square (Wanda, Sun et al. 2023, prunes by it; AWQ, Lin et al. 2023, scales by it).
 
     Returns:
-        Float32 `[reduce]`, or `[batch..., out, reduce]` for convolutions, whose groups read different inputs. None when
-        calibration measured no input of the site.
+        Float32 `[reduce]`, or `[batch..., out, reduce]` for convolutions, whose groups read different inputs, and for
+        stacked matrices that read different rows; one that got no row counts as all together. None when calibration
+        measured no input of the site.
     """
     weight = program.weights[site.weight]
     found = [_of_use(use, weight, context) for use in site.uses]
@@ -32,6 +34,8 @@ def input_moments(program: Program, context: PassContext) -> Iterator[tuple[fx.N
         for use in site.uses:
             if isinstance(use.input, fx.Node):
                 yield use.input, _kind(use, program.weights[site.weight])
+                if use.operator == "grouped":
+                    yield from ((node, "batches") for node in (use.node.args[0], use.node.args[2]))  # type: ignore[misc]
 
 
 def _kind(use: Use, weight: Tensor) -> str:
@@ -50,7 +54,18 @@ def _of_use(use: Use, weight: Tensor, context: PassContext) -> Tensor | None:
         square = square.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
     elif use.operator == "conv_transposed":
         square = square.unsqueeze(1)
+    elif use.operator == "grouped":
+        return _of_runs(use, square, context).unsqueeze(1).expand(weight.shape)
     else:
         return square
     spatial = [1] * (weight.ndim - 2)
     return use.view.to_matrix(square.reshape(*square.shape, *spatial).expand(weight.shape))
+
+
+def _of_runs(use: Use, square: Tensor, context: PassContext) -> Tensor:
+    """The mean square of each run's own rows, `[runs, reduce]`; `square`, that of all rows, where it has none."""
+    assert context.statistics is not None
+    x, ends = (context.statistics(use.node.args[place], "batches") for place in (0, 2))  # type: ignore[arg-type]
+    pairs = [[value[rows].float().square() for rows in runs(end)] for value, end in zip(x, ends, strict=True)]
+    whole = [torch.cat(parts) for parts in zip(*pairs, strict=True)]
+    return torch.stack([rows.mean(0) if len(rows) else square for rows in whole])

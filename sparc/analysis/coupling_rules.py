@@ -139,12 +139,12 @@ def _embedding(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     return (*state.of(given["indices"]), table[1])
 
 
-def _expert_products(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
-    """Rows, sorted by expert, times the matrix `[experts, in, out]` of each row's expert."""
-    x, weight = given["input"], given["weight"]
+def _grouped_linear(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
+    """Rows, sorted by expert, times the matrix `[experts, out, in]` of each row's expert."""
+    x, weight = given["x"], given["weight"]
     freeze(state.of(weight)[0], "which expert is used depends on data")
-    state.contract(node, (x, 1), (weight, 1))
-    return (state.of(x)[0], state.of(weight)[2])
+    state.contract(node, (x, 1), (weight, 2))
+    return (state.of(x)[0], state.of(weight)[1])
 
 
 # norms ---------------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["addmm", "baddbmm"], _addmm),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _convolution(False)),
     **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _convolution(True)),
-    "grouped_mm_fallback": _expert_products,
+    "grouped_linear": _grouped_linear,
     "embedding": _embedding,
     **dict.fromkeys(["layer_norm", "rms_norm"], _last_norm),
     "group_norm": _group_norm,
@@ -276,7 +276,7 @@ RULES: dict[str, Rule] = {
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule of a node's operator; None when there is none."""
-    if not isinstance(node.target, OpOverload) or node.target.namespace not in ("aten", "transformers"):
+    if not isinstance(node.target, OpOverload) or node.target.namespace not in ("aten", "sparc"):
         return None
     found = RULES.get(node.target._opname)
     max_or_min = node.target._opname in ("max", "min") and len(_tensors(node)) == 2

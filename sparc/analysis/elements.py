@@ -7,8 +7,8 @@ mask that a model builds from `arange` is *proved* to be causal for every size: 
 """
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -38,18 +38,27 @@ def index_symbols(rank: int) -> Index:
     return tuple(sympy.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis in range(rank))
 
 
-def element(program: Program, node: Any, index: Index) -> Any:
+def element(
+    program: Program, node: Any, index: Index, inputs: Mapping[fx.Node, Callable[[Index], Any]] | None = None
+) -> Any:
     """The element of `node` at `index`: a sympy number expression, or a sympy boolean.
 
+    Args:
+        program: the program.
+        node: a node of one of its graphs, or a number.
+        index: one expression for each axis.
+        inputs: names for the elements of inputs that it may depend on.
+
     Raises:
-        Unknown: when it depends on inputs, or on an operator without a rule.
+        Unknown: when it depends on other inputs, or on an operator without a rule.
     """
-    return _Reader(program).read(node, index)
+    return _Reader(program, inputs or {}).read(node, index)
 
 
 @dataclass
 class _Reader:
     program: Program
+    inputs: Mapping[fx.Node, Callable[[Index], Any]] = field(default_factory=dict)
 
     def read(self, value: Any, index: Index) -> Any:
         if isinstance(value, bool):
@@ -60,6 +69,8 @@ class _Reader:
             raise Unknown
         if isinstance(value.meta.get("val"), torch.SymInt):
             return size_expression(value.meta["val"])
+        if value in self.inputs:
+            return self.inputs[value](index)
         if is_weight(value):
             return table_element(self.program.weights[str(value.target)], index)
         rule = _RULES.get(_name(value)) if value.op == "call_function" else None

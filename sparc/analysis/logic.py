@@ -6,6 +6,7 @@ from typing import Any
 import sympy
 import torch
 from sympy import Expr, Integer
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import Tensor
@@ -131,6 +132,8 @@ def as_boolean(value: Any) -> Any:
     value = sympy.piecewise_fold(value)
     if value.is_number:
         return sympy.true if value != 0 else sympy.false
+    if isinstance(value, AppliedUndef):
+        return sympy.Ne(value, 0)
     if (
         isinstance(value, sympy.Piecewise)
         and all(branch.is_number for branch, _ in value.args)

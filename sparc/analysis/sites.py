@@ -9,6 +9,7 @@ from torch import fx
 from sparc.diag import Location
 from sparc.encoding.operators import is_decode
 from sparc.encoding.view import WeightView
+from sparc.grouped import is_grouped_linear
 from sparc.program import Program, is_weight, location
 
 aten = torch.ops.aten
@@ -32,7 +33,7 @@ class Use:
         entry: the entry's name.
         node: the operator.
         argument: the weight's position among its arguments.
-        operator: `linear`, `conv`, `conv_transposed`, `embedding` or `matmul`.
+        operator: `linear`, `conv`, `conv_transposed`, `embedding`, `matmul` or `grouped`.
         view: how this operator reads it as matrices.
     """
 
@@ -126,6 +127,8 @@ def _view_at(node: fx.Node, position: int) -> tuple[str, WeightView] | None:
         return "embedding", WeightView("matrix")
     if target in (aten.mm.default, aten.matmul.default, aten.bmm.default) and position == 1:
         return "matmul", WeightView("transposed")
+    if is_grouped_linear(node) and position == 1:
+        return "grouped", WeightView("matrix")
     if target is aten.addmm.default and position == 2:
         return "matmul", WeightView("transposed")
     return None

@@ -17,6 +17,27 @@ from sparc.diag import CaptureError, Severity
 from sparc.generation.attachments import GENAI_CONFIG
 from sparc.generation.genai import genai_config
 
+Folder = Annotated[Path | None, typer.Option("--out", "-o", help="The artifact's folder.", show_default=False)]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="A registered recipe or a TOML file.", show_default="w8")
+]
+TargetName = Annotated[str | None, typer.Option("--target", "-t", help="Where it will run.", show_default="onnx")]
+TaskName = Annotated[str | None, typer.Option(help="What the model is for: text-generation.", show_default=False)]
+Opset = Annotated[int | None, typer.Option(help="The opset of an onnx target.", show_default="the target's")]
+Dynamic = Annotated[
+    list[str] | None,
+    typer.Option(help="Dimensions that vary: [bold]input=0:batch,1:seq[/]; may be repeated.", show_default=False),
+]
+DataName = Annotated[
+    str | None, typer.Option(help="A function pkg.mod:fn that returns inputs for calibration and checks.")
+]
+Verify = Annotated[str | None, typer.Option(help="types, sample or full.", show_default="sample")]
+SaveRecipe = Annotated[Path | None, typer.Option(help="Also write the recipe as TOML.", show_default=False)]
+Html = Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.", show_default=False)]
+CheckpointFolder = Annotated[
+    Path | None, typer.Option(help="Also write a folder that vLLM reads (compressed-tensors).", show_default=False)
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -25,35 +46,21 @@ def register(app: typer.Typer) -> None:
 
 def compile_model(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
-    folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The artifact's folder.", show_default=False)
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="What the model is for: text-generation.", show_default=False)
-    ] = None,
-    genai: Annotated[bool, typer.Option(help="Let onnxruntime-genai load the folder as it is.")] = False,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A registered recipe or a TOML file.", show_default="w8")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Where it will run.", show_default="onnx")
-    ] = None,
-    opset: Annotated[int | None, typer.Option(help="The opset of an onnx target.", show_default="the target's")] = None,
-    dynamic: Annotated[
-        list[str] | None,
-        typer.Option(help="Dimensions that vary: [bold]input=0:batch,1:seq[/]; may be repeated.", show_default=False),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="A function pkg.mod:fn that returns inputs for calibration and checks.")
-    ] = None,
+    folder: Folder = None,
+    recipe: RecipeName = None,
+    target: TargetName = None,
+    task: TaskName = None,
+    opset: Opset = None,
+    dynamic: Dynamic = None,
+    data: DataName = None,
     trust: Trust = False,
-    verify: Annotated[str | None, typer.Option(help="types, sample or full.", show_default="sample")] = None,
+    verify: Verify = None,
     measure: Annotated[bool, typer.Option(help="Time the artifact against the uncompressed model.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which weights each step is for.")] = False,
-    save_recipe: Annotated[Path | None, typer.Option(help="Also write the recipe as TOML.", show_default=False)] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Also write the report as one HTML file.", show_default=False)
-    ] = None,
+    save_recipe: SaveRecipe = None,
+    html: Html = None,
+    genai: Annotated[bool, typer.Option(help="Let onnxruntime-genai load the folder as it is.")] = False,
+    checkpoint: CheckpointFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Compile a model: compress it by a recipe, check every change, and save an artifact."""
@@ -66,21 +73,27 @@ def compile_model(
     arguments = _arguments(source, recipe, axes)
     wanted = task or source.task or ("text-generation" if genai else None)
     if dry_run:
-        _show_plan(api.plan(**arguments), as_json)
+        _show_plan(api.plan(**arguments, task=wanted), as_json)
         return
     more = _more(source, target, data, verify, opset)
     say(f"compiling with {arguments['recipe']} for {more['target']}")
     artifact = api.compile(**arguments, **more, task=wanted, measure=measure)
     assert folder is not None
-    artifact.attachments.update(source.attachments or {})
-    if genai:
-        artifact.attachments[GENAI_CONFIG] = genai_config(artifact)
+    _attach(artifact, source, genai)
     saved = artifact.save(folder)
+    if checkpoint is not None:
+        artifact.export_checkpoint(checkpoint)
     _write_beside(artifact, save_recipe, html, f"{model}: {more['target']}")
     if as_json:
         print_json({"folder": str(folder), **artifact.report.to_json()})
     else:
         out().print(_result(artifact, saved, model, html))
+
+
+def _attach(artifact: Artifact, source: Source, genai: bool) -> None:
+    artifact.attachments.update(source.attachments or {})
+    if genai:
+        artifact.attachments[GENAI_CONFIG] = genai_config(artifact)
 
 
 def _check_folder(folder: Path | None, dry_run: bool) -> None:

@@ -1,14 +1,10 @@
-"""Hugging Face folders: a local `config.json` and safetensors, and example inputs worked out from the config.
+"""Hugging Face folders and GGUF files, and example inputs worked out from the config.
 
 Nothing is downloaded, no code from the folder is run, and pickled weights are refused.
 """
 
 import inspect
-import json
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from sparc import codes
+from sparc.checkpoint import build
+from sparc.checkpoint.base import Checkpoint
+from sparc.checkpoint.folder import check_safetensors, is_compressed, read_config, read_folder
+from sparc.checkpoint.read import read_checkpoint
 from sparc.diag import CaptureError
-from sparc.generation.text import tokenizer_files
+from sparc.generation.text import checkpoint_files, tokenizer_files
 
 _BATCH, _LENGTH = 2, 16
 _SAMPLES = 16_000
-_CONFIG_LIMIT = 1 << 22
 
 
 def load_folder(folder: Path) -> dict[str, Any]:
-    """`model`, `example_inputs`, `dynamic` and the tokenizer's files of a model saved with `save_pretrained`.
+    """Compile's arguments, and the tokenizer's files, for a model saved with `save_pretrained`; a compressed one is
+    taken as it is, with `keep`.
 
     Raises:
-        CaptureError: SPARC110 when the folder is incomplete, needs code of its own, or transformers is not installed.
+        CaptureError: SPARC110 when the folder is incomplete, needs code of its own, or transformers is not installed;
+            what `read_checkpoint` raises for a compressed one.
     """
-    described = _read_config(folder)
-    if not any(folder.glob("*.safetensors")):
-        raise _failed(
-            f"{folder.name} holds no safetensors",
-            hint="save it with model.save_pretrained(folder, safe_serialization=True)",
-        )
-    try:
-        import transformers
-    except ImportError:
-        raise _failed("transformers is not installed", hint="pip install transformers") from None
-    with _quiet(), _explained(folder):
+    described = read_config(folder)
+    if is_compressed(described):
+        return _compressed(read_folder(folder), tokenizer_files(folder))
+    check_safetensors(folder)
+    transformers = build.transformers_package()
+    with build.quiet(), build.explained(folder.name, folder):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        owner = _model_class(transformers, described)
+        owner = build.model_class(transformers, described)
         model = owner.from_pretrained(
             folder,
             config=config,
@@ -52,7 +48,7 @@ def load_folder(folder: Path) -> dict[str, Any]:
             **_no_remote_code(owner),
         )
     model.eval()
-    _turn_off_caches(model)
+    build.turn_off_caches(model)
     inputs = example_inputs(model, config)
     return {
         "model": model,
@@ -62,48 +58,29 @@ def load_folder(folder: Path) -> dict[str, Any]:
     }
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file() or path.stat().st_size > _CONFIG_LIMIT:
-        raise _failed(
-            f"{folder.name} is no Hugging Face folder",
-            why="it holds no config.json",
-            hint="an artifact is read by sparc inspect",
-        )
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _failed("config.json is no JSON", why=str(error)[:200]) from None
-    if not isinstance(described, dict):
-        raise _failed("config.json is no object")
-    if "auto_map" in described:
-        raise _failed(
-            f"{folder.name} needs code of its own",
-            why="sparc runs no code from model folders",
-            hint="write a function pkg.mod:fn",
-        )
-    return described
+def load_gguf(path: Path) -> dict[str, Any]:
+    """Compile's arguments for the model in a GGUF file, with the recipe `keep`.
+
+    Raises:
+        CaptureError: what `read_checkpoint` raises.
+    """
+    checkpoint = read_checkpoint(path)
+    return _compressed(checkpoint, checkpoint_files(checkpoint))
 
 
-def _model_class(transformers: Any, described: Mapping[str, Any]) -> Any:
-    """The class that config.json names, if transformers has it; else the base model of its type."""
-    for name in described.get("architectures") or ():
-        found = getattr(transformers, str(name), None) if str(name).isidentifier() else None
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    return transformers.AutoModel
+def _compressed(checkpoint: Checkpoint, attachments: Mapping[str, bytes]) -> dict[str, Any]:
+    inputs = example_inputs(checkpoint.model, checkpoint.model.config)
+    return {
+        "model": checkpoint,
+        "example_inputs": inputs,
+        "dynamic": dynamic_axes(inputs),
+        "recipe": "keep",
+        "attachments": attachments,
+    }
 
 
 def _no_remote_code(owner: Any) -> dict[str, Any]:
     return {"trust_remote_code": False} if owner.__name__.startswith("Auto") else {}
-
-
-def _turn_off_caches(model: nn.Module) -> None:
-    """A key/value cache among the outputs is of no use without one among the inputs."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "use_cache"):
-            config.use_cache = False
 
 
 # example inputs -------------------------------------------------------------------------------------------------------
@@ -128,8 +105,11 @@ def example_inputs(model: nn.Module, config: Any) -> dict[str, Tensor]:
     wanted = _wanted(model, config, declared)
     if not wanted:
         names = ", ".join(declared)
-        raise _failed(
-            "example inputs cannot be worked out", why=f"forward() declares {names}", hint="write a function pkg.mod:fn"
+        raise CaptureError(
+            codes.LOAD_FAILED,
+            "example inputs cannot be worked out",
+            why=f"forward() declares {names}",
+            hint="write a function pkg.mod:fn",
         )
     return {name: makers[name]() for name in makers if name in wanted}
 
@@ -186,36 +166,3 @@ def dynamic_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
         elif name == "decoder_input_ids":
             axes[name][1] = "decoder_seq"
     return axes
-
-
-# errors ---------------------------------------------------------------------------------------------------------------
-def _failed(what: str, *, why: str = "", hint: str = "") -> CaptureError:
-    return CaptureError(codes.LOAD_FAILED, what, why=why, hint=hint)
-
-
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # transformers raises assorted types
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:300].replace(str(folder.resolve()), folder.name)
-        raise _failed(f"the model in {folder.name} cannot be loaded", why=why) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own progress bars and warnings off the terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    before = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(before)
-        if bars:
-            transformers_logging.enable_progress_bar()

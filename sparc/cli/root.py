@@ -24,5 +24,5 @@ Threads = Annotated[
 ]
 MODEL_HELP = (
     "A function [bold]pkg.mod:fn[/] that returns compile's arguments, "
-    "a Hugging Face folder, or a .pt2 file with --trust."
+    "a Hugging Face folder, a .gguf file, or a .pt2 file with --trust."
 )

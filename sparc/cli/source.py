@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparc import codes
-from sparc.cli.huggingface import load_folder
+from sparc.cli.huggingface import load_folder, load_gguf
 from sparc.diag import CaptureError, Location
 from sparc.source import raised_at
 from sparc.suggest import hint
@@ -41,19 +41,21 @@ def load_source(named: str, *, trust: bool = False) -> Source:
     """The model that PATH_OR_IMPORT names.
 
     Args:
-        named: `pkg.mod:fn`, a Hugging Face folder, or a `.pt2` file.
+        named: `pkg.mod:fn`, a Hugging Face folder, a `.gguf` file, or a `.pt2` file.
         trust: whether a `.pt2` file may be read.
 
     Raises:
-        CaptureError: SPARC110.
+        CaptureError: SPARC110; SPARC106 and SPARC116 to SPARC119 for compressed checkpoints.
     """
     path = Path(named)
     if path.suffix == ".pt2":
         return _exported(path, trust)
     if path.is_dir():
         return Source(**load_folder(path))
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(**load_gguf(path))
     if path.exists():
-        raise failed(f"{named} is no folder, no .pt2 file and no import name")
+        raise failed(f"{named} is no folder, no .gguf file, no .pt2 file and no import name")
     if ":" not in named:
         raise failed(f"there is no folder {named!r}", hint="a function is written pkg.mod:fn")
     made = call(named)

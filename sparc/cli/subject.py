@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from sparc.artifact import Artifact
 from sparc.capture import capture
 from sparc.cli.source import Source, load_source
-from sparc.exported import capture_exported
+from sparc.exported import capture_exported, runnable
 from sparc.inputs import example_tensors, named_inputs
 from sparc.program import Program
 from sparc.samples import bind
@@ -78,7 +78,9 @@ def capture_source(source: Source) -> Program:
 def _eager(named: str, source: Source) -> Subject:
     program = capture_source(source)
     signature = program.main.signature
-    module = source.model.module() if isinstance(source.model, torch.export.ExportedProgram) else source.model.eval()
+    module = runnable(source.model)
+    if not isinstance(source.model, torch.export.ExportedProgram):
+        module.eval()
 
     def run(tensors: Sequence[Tensor]) -> list[Any]:
         with torch.no_grad():

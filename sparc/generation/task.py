@@ -1,7 +1,7 @@
 """Tasks: what compile captures, and with which inputs, where the user only says what the model is for."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch.export import ExportedProgram
 from sparc import codes
 from sparc.cache import DECODER, ENCODER, KEEP, MASK, POSITIONS, SOURCE_MASK, TOKENS, Cache, token_positions
 from sparc.capture import Dynamic
+from sparc.checkpoint.base import Checkpoint
 from sparc.diag import CaptureError
 from sparc.generation.attachments import CONFIG, SETTINGS
 from sparc.generation.decoder import Decoder, describe, named_call
 from sparc.generation.encoder_decoder import Encoder, SourceDecoder, describe_entries
 from sparc.generation.source import entry_calls, start_token
+from sparc.generation.text import checkpoint_files
 from sparc.samples import Data, Feed
 from sparc.suggest import hint
 
@@ -36,7 +38,7 @@ class EntryTask:
         timed: inputs that latency is measured on, by what they are.
     """
 
-    model: nn.Module | ExportedProgram
+    model: nn.Module | ExportedProgram | Checkpoint
     example_inputs: Any
     dynamic: Dynamic | None = None
     cache: Cache | None = None
@@ -65,7 +67,7 @@ def prepare_task(task: str, model: Any, data: Data) -> Task:
 
     Args:
         task: `text-generation`.
-        model: a causal language model or an encoder-decoder of transformers.
+        model: a causal language model or an encoder-decoder of transformers, or a checkpoint of one.
         data: what its tokenizer returns, or tokens `[batch, seq]`, or a function that returns such. Items of an
             encoder-decoder may hold `labels` or `decoder_input_ids`; without, it reads what it generates itself.
 
@@ -74,20 +76,36 @@ def prepare_task(task: str, model: Any, data: Data) -> Task:
     """
     if task not in TASKS:
         raise CaptureError(codes.UNKNOWN_TASK, f"there is no task {task!r}", hint=hint(task, TASKS, kind="tasks"))
-    if not isinstance(model, nn.Module):
+    module = model.model if isinstance(model, Checkpoint) else model
+    if not isinstance(module, nn.Module):
         raise CaptureError(codes.NO_CACHE, "the task needs the model itself", why=f"got {type(model).__name__}")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return _encoder_decoder(model, data)
+    entries, named, feed = (
+        _encoder_decoder(module, data)
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+        else _decoder(module, data)
+    )
+    attachments = _settings(module)
+    if isinstance(model, Checkpoint):
+        entries = {name: _with_weights(each, model) for name, each in entries.items()}
+        attachments |= checkpoint_files(model)
+    return Task(entries, named, feed, attachments)
+
+
+def _with_weights(entry: EntryTask, checkpoint: Checkpoint) -> EntryTask:
+    """The entry, whose weights keep the grids they have in a checkpoint."""
+    assert isinstance(entry.model, nn.Module)
+    return replace(entry, model=checkpoint.with_model(entry.model))
+
+
+def _decoder(model: nn.Module, data: Data) -> tuple[dict[str, EntryTask], Data, Feed | None]:
     examples, dynamic, cache = describe(model)
     named = None if data is None else lambda: map(named_call, _items(data))
-    entry = EntryTask(Decoder(model), examples, dynamic, cache, _timed(examples, cache))
-    return Task({"forward": entry}, named, None, _settings(model))
+    return {"forward": EntryTask(Decoder(model), examples, dynamic, cache, _timed(examples, cache))}, named, None
 
 
-def _encoder_decoder(model: nn.Module, data: Data) -> Task:
+def _encoder_decoder(model: nn.Module, data: Data) -> tuple[dict[str, EntryTask], Data, Feed | None]:
     examples, dynamic, cache = describe_entries(model)
-    settings = _settings(model)
-    start = start_token(settings)
+    start = start_token(_settings(model))
     if start is None:
         raise CaptureError(codes.NO_CACHE, f"{type(model).__name__}'s settings have no decoder_start_token_id")
     timed = _timed_source(examples, cache)
@@ -95,7 +113,7 @@ def _encoder_decoder(model: nn.Module, data: Data) -> Task:
         ENCODER: EntryTask(Encoder(model), examples[ENCODER], dynamic[ENCODER], None, timed[ENCODER]),
         DECODER: EntryTask(SourceDecoder(model), examples[DECODER], dynamic[DECODER], cache, timed[DECODER]),
     }
-    return Task(entries, data, partial(entry_calls, start=start), settings)
+    return entries, data, partial(entry_calls, start=start)
 
 
 def _timed_source(examples: Mapping[str, Any], cache: Cache) -> dict[str, dict[str, dict[str, Any]]]:

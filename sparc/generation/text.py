@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparc import codes
+from sparc.checkpoint.base import Checkpoint
 from sparc.diag import ArtifactError
 from sparc.generation.attachments import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES, attached_json
 
@@ -22,11 +23,10 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths if path.is_file() and path.stat().st_size <= _FILE_LIMIT}
 
 
-def attach_tokenizer(artifact: "Artifact", tokenizer: Any) -> None:
-    """Put a tokenizer beside an artifact, to be saved with it.
+def tokenizer_of(tokenizer: Any) -> dict[str, bytes]:
+    """A tokenizer's files by name.
 
     Args:
-        artifact: any artifact.
         tokenizer: of transformers, or a `tokenizers.Tokenizer`.
 
     Raises:
@@ -43,7 +43,28 @@ def attach_tokenizer(artifact: "Artifact", tokenizer: Any) -> None:
     if TOKENIZER not in found:
         what = f"{type(tokenizer).__name__} cannot be written as {TOKENIZER}"
         raise ArtifactError(codes.NO_GENERATION, what, hint="use a fast tokenizer of transformers")
-    artifact.attachments.update(found)
+    return found
+
+
+def checkpoint_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files of a checkpoint's tokenizer and chat template, as far as it has them."""
+    found = tokenizer_of(checkpoint.tokenizer) if checkpoint.tokenizer is not None else {}
+    if checkpoint.chat is not None:
+        found[CHAT_TEMPLATE] = checkpoint.chat.encode()
+    return found
+
+
+def attach_tokenizer(artifact: "Artifact", tokenizer: Any) -> None:
+    """Put a tokenizer beside an artifact, to be saved with it.
+
+    Args:
+        artifact: any artifact.
+        tokenizer: of transformers, or a `tokenizers.Tokenizer`.
+
+    Raises:
+        ArtifactError: SPARC513 when it is neither.
+    """
+    artifact.attachments.update(tokenizer_of(tokenizer))
 
 
 def read_tokenizer(artifact: "Artifact") -> Any:

@@ -79,6 +79,11 @@ def quantized(
         rest = entry.call(torch.ops.aten.sub.Tensor, x, coarse, before=before)
         fine = _pair(entry, rest, PER_TENSOR_SYMMETRIC, [step], before)
         return entry.call(torch.ops.aten.add.Tensor, coarse, fine, before=before)
+    if kind == "split block":
+        coarse = _pair(entry, x, IntGrid(8, group), [], before)
+        rest = entry.call(torch.ops.aten.sub.Tensor, x, coarse, before=before)
+        fine = _pair(entry, rest, IntGrid(8, group), [], before)
+        return entry.call(torch.ops.aten.add.Tensor, coarse, fine, before=before)
     spec = {
         "tensor": PER_TENSOR,
         "tensor symmetric": PER_TENSOR_SYMMETRIC,

@@ -173,6 +173,8 @@ def test_a_refused_model_is_a_diagnostic() -> None:
         ("identity", torch.arange(6).reshape(2, 3), None),
         ("transpose", torch.arange(6).reshape(2, 3), None),
         ("flip_sign", torch.tensor([[-128, 0, 127]], dtype=torch.int8), None),
+        ("interleave", torch.randn(3, 6, 2), None),
+        ("interleave+flip_sign", torch.randint(0, 255, (2, 4, 3), dtype=torch.uint8), None),
         ("transpose+flip_sign", torch.tensor([[0, 255], [3, 4]], dtype=torch.uint8), None),
         ("pack4", torch.randint(0, 16, (3, 5), dtype=torch.uint8), None),
         ("pad", torch.randint(0, 255, (3, 5), dtype=torch.uint8), (3, 8)),

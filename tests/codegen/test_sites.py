@@ -87,7 +87,7 @@ def test_ranks(rank: int, bias: bool, flavour: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["tensor", "tensor symmetric", "token", "split", "stack", "static", "minimum", "block"]
+    "kind", ["tensor", "tensor symmetric", "token", "split", "stack", "split block", "static", "minimum", "block"]
 )
 @pytest.mark.parametrize(
     "grid", [IntGrid(8), IntGrid(8, "tensor"), IntGrid(8, symmetric=False), IntGrid(4, 32)], ids=str
@@ -96,6 +96,30 @@ def test_ranks(rank: int, bias: bool, flavour: str) -> None:
 def test_activations(kind: str, grid: IntGrid, flavour: str) -> None:
     program, x = linear()
     check(quantize_input(encode_weights(program, grid), kind), x, flavour)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        IntGrid(8, 32),
+        IntGrid(8, 16, scale_dtype="float16"),
+        IntGrid(8, 32, symmetric=False),
+        IntGrid(8, 32, symmetric=False, zero="minimum"),
+        IntGrid(8, 64),
+        IntGrid(8, 48),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("reduce", [64, 80])
+def test_both_halves_of_an_input_in_blocks_are_rows_of_one_product(
+    grid: IntGrid, rank: int, bias: bool, reduce: int
+) -> None:
+    """Each half is rounded to the codes that the program gives it, so that 16 bits are left of x."""
+    program, x = linear(reduce, bias, rank)
+    found = check(quantize_input(encode_weights(program, grid), "split block", int(grid.group)), x, "cpu", 1e-4)
+    assert found.count("MatMulNBits") == (rank > 1 and grid.group != 48)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -170,18 +194,20 @@ def test_embedding(grid: IntGrid, flavour: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", [IntGrid(8), IntGrid(8, symmetric=False), IntGrid(4, 32), IntGrid(4, 32, symmetric=False)], ids=str
+    "grid",
+    [IntGrid(8), IntGrid(8, symmetric=False), IntGrid(8, 32), IntGrid(4, 32), IntGrid(4, 32, symmetric=False)],
+    ids=str,
 )
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_tied_weights_are_stored_once(grid: IntGrid, flavour: str) -> None:
     ids = torch.randint(0, 40, (3, 7))
     program = encode_weights(capture(TiedHead(), (ids,)), grid)
-    emission = emit(program, flavour)
-    assert_agrees(program, emission, [ids], EXACT)
-    assert_agrees(quantize_input(program, "split"), emit(quantize_input(program, "split"), flavour), [ids], EXACT)
-    if flavour == "cpu":
-        parts = sum(program.weights[name].nbytes for name in program.weights)
-        assert sum(stored.tensor.nbytes for stored in emission.stored) <= parts
+    parts = sum(program.weights[name].nbytes for name in program.weights)
+    for each in (program, quantize_input(program, "split"), quantize_input(program, "split block")):
+        emission = emit(each, flavour)
+        assert_agrees(each, emission, [ids], EXACT)
+        if flavour == "cpu":
+            assert sum(stored.tensor.nbytes for stored in emission.stored) <= parts
 
 
 @pytest.mark.parametrize("grid", [IntGrid(8), IntGrid(8, symmetric=False), IntGrid(8, "tensor")], ids=str)

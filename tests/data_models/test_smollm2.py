@@ -15,8 +15,8 @@ def reader():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(reader):
-    return smollm2.load_tokenizer(reader)
+def tokenizer():
+    return smollm2.load_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,13 @@
 """Dynamic activations: ONNX Runtime's formulas bit for bit, sharing, choices, and what is left alone."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from sparc.cache import Cache
 from sparc.contract import Approximate
 from sparc.driver import Driver
 from sparc.encoding.int_grid import IntGrid
@@ -82,6 +85,21 @@ def test_split_is_sixteen_bits() -> None:
     assert (value_read(program, [x]) - x).abs().max() <= step / 254 * 0.51
     specs = [find_spec(str(node.args[2])) for node in quantizes(program)]
     assert specs == [PER_TENSOR, IntGrid(8, "tensor", symmetric=True)]
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_split_by_the_groups_of_the_weight(group: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 7, 64) * torch.logspace(-2, 2, 64)
+    program = quantized(nn.Linear(64, 6), (x,), QuantizeActivations("split"), IntGrid(8, group)).program
+    greatest = x.reshape(4, 7, -1, group).abs().amax(-1).repeat_interleave(group, -1)
+    assert ((value_read(program, [x]) - x).abs() <= greatest / 127 / 2 / 127 * 0.51).all()
+    assert [find_spec(str(node.args[2])) for node in quantizes(program)] == [IntGrid(8, group)] * 2
+
+
+def test_products_in_other_groups_than_the_operators_keep_their_input() -> None:
+    chosen = quantized(nn.Linear(48, 6), (torch.randn(4, 48),), QuantizeActivations("split"), IntGrid(8, 24))
+    assert not quantizes(chosen.program)
 
 
 def test_blocks_follow_the_groups_of_the_weight() -> None:
@@ -182,3 +200,27 @@ def test_auto_takes_tokens_where_rows_differ_in_size() -> None:
     uneven = quantized(Shared(), (x * 100 ** torch.arange(4)[:, None],), QuantizeActivations(), IntGrid(8)).program
     first = [find_spec(str(quantizes(program)[0].args[2])) for program in (even, uneven)]
     assert first == [PER_TENSOR, PER_TOKEN]
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "cached", "specs"),
+    [
+        (8, "channel", False, 2),
+        (8, "channel", True, [IntGrid(8, 64)]),
+        (4, 32, True, [IntGrid(8, 32)]),
+        (4, 32, False, []),
+        (3, 32, True, []),
+        (8, 48, True, []),
+    ],
+)
+def test_fine_depends_on_the_cache(bits: int, group: Any, cached: bool, specs: Any) -> None:
+    """`split` where whole sequences are read, blocks of the operator's in entries with a cache."""
+    chosen = driver(nn.Linear(192, 8), (torch.randn(5, 192),))
+    chosen.program.main.cache = Cache((), 8) if cached else None
+    chosen.run(Round(IntGrid(bits, group)))
+    chosen.run(QuantizeActivations("fine"))
+    found = [find_spec(str(node.args[2])) for node in quantizes(chosen.program)]
+    if specs == 2:
+        assert [spec.group for spec in found] == ["tensor", "tensor"]
+    else:
+        assert found == specs

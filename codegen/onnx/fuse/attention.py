@@ -7,6 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from sparc.codegen.onnx.fuse.cached import plan_cached_attention
 from sparc.codegen.onnx.fuse.contrib import plan_contrib_attention
 from sparc.codegen.onnx.fuse.heads import put_merged, rows_of, same
 from sparc.codegen.onnx.fuse.plan import Plan
@@ -82,7 +83,7 @@ def plan_attention(plan: Plan, node: fx.Node) -> None:
     if flavour == "cuda":
         plan_contrib_attention(plan, found)
         return
-    if plan.target.opset < 23:
+    if plan.target.opset < 23 or plan_cached_attention(plan, found):
         return
     rows = [rows_of(plan, each, 1) for each in (found.q, found.k, found.v)]
     if any(each is None for each in rows):

@@ -9,6 +9,7 @@ from sparc.program import Entry, Program
 
 if TYPE_CHECKING:
     from sparc.codegen.onnx.emit import Emitter, Result
+    from sparc.codegen.onnx.fuse.rotary import Rotary
     from sparc.codegen.onnx.target import OnnxTarget
 
 Emit = Callable[["Emitter"], "Result"]
@@ -18,12 +19,15 @@ class Plan:
     """Fused translations by node; as a rule of the emitter it answers None for every other node.
 
     `lazy` are the nodes that a fused operator takes in: they are emitted only if something else reads them.
+    `rotations` are the rotary embeddings by their results.
     """
 
-    def __init__(self, program: Program, target: "OnnxTarget") -> None:
-        """Args: the program, and the flavour and opset that decide what may be used."""
-        self.program, self.target = program, target
+    def __init__(self, program: Program, entry: Entry, target: "OnnxTarget") -> None:
+        """Args: the program, one of its entries, and the flavour and opset that decide what may be used."""
+        self.program, self.entry, self.target = program, entry, target
+        self.inputs = dict(zip(entry.signature.input_names, entry.placeholders, strict=True))
         self.lazy: set[fx.Node] = set()
+        self.rotations: dict[fx.Node, Rotary] = {}
         self._emit: dict[fx.Node, Emit] = {}
         self._rows: dict[tuple[fx.Node, int], Emit] = {}
 
@@ -58,13 +62,15 @@ def plan_fusions(program: Program, entry: Entry, target: "OnnxTarget") -> Plan:
         target: standard attention and rotary embeddings need opset 23.
     """
     from sparc.codegen.onnx.fuse.attention import plan_attention
+    from sparc.codegen.onnx.fuse.experts import plan_experts
     from sparc.codegen.onnx.fuse.residual import plan_residual
     from sparc.codegen.onnx.fuse.rotary import plan_rotary
 
-    plan = Plan(program, target)
+    plan = Plan(program, entry, target)
     for node in entry.graph.nodes:
         if node.op == "call_function":
             plan_rotary(plan, node)
             plan_attention(plan, node)
             plan_residual(plan, node)
+            plan_experts(plan, node)
     return plan

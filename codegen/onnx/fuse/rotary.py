@@ -82,6 +82,7 @@ def plan_rotary(plan: Plan, node: fx.Node) -> None:
     rows = rows_of(plan, rotary.x, rotary.axis)
     root = rotary.nodes[-1]
     plan.absorb(*rotary.nodes)
+    plan.rotations[root] = rotary
     if rows is None or not isinstance(heads, int):
         if rotary.axis == 1:
             plan.put(root, lambda e: rotated(e, rotary, e.value(rotary.x)))

@@ -28,12 +28,14 @@ class IntMatrix:
         weight: the encoded weight.
         grid: the integer grid.
         derived: the codes, packed, where they are no program weight.
+        index: which matrix it is, where the weight is a stack of them.
     """
 
     e: Emitter
     weight: Encoded
     grid: IntGrid
     derived: Tensor | None = None
+    index: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,10 +49,23 @@ class IntMatrix:
         return not isinstance(self.grid.group, int)
 
     def part(self, name: str) -> Tensor:
-        """A stored part."""
+        """A stored part, of this matrix."""
+        whole = self._whole(name)
+        place = self._place(name)
+        return whole if place is None else whole[place]
+
+    def _whole(self, name: str) -> Tensor:
         if self.derived is not None and name == "codes":
             return self.derived
         return self.e.program.weights[self.weight.parts[name]]
+
+    def _place(self, name: str) -> int | None:
+        """Where in a stored part this matrix lies; a number for the whole stack is every matrix's."""
+        return None if self.index is None else min(self.index, self._whole(name).shape[0] - 1)
+
+    def named(self, name: str) -> str:
+        """The name of a tensor that is made from this matrix."""
+        return f"{self.weight.site}_{name}" + ("" if self.index is None else f".{self.index}")
 
     def read(
         self,
@@ -64,9 +79,14 @@ class IntMatrix:
         """An initializer over a part in a layout."""
         if self.derived is not None and name == "codes":
             of = masked_origin(self.weight)
-            name = f"{self.weight.site}_all_codes"
-            return self.e.derived(name, self.derived, layout, shape, dtype=dtype, dims=dims, of=of)
-        return self.e.weight(self.weight.parts[name], layout, shape, dtype=dtype, dims=dims)
+            made = f"{self.weight.site}_all_codes"
+            place = self._place(name)
+            return self.e.derived(made, self.derived, layout, shape, dtype=dtype, dims=dims, part=place, of=of)
+        return self.e.weight(self.weight.parts[name], layout, shape, dtype=dtype, dims=dims, part=self._place(name))
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The stored shape of a part that has this shape for one matrix."""
+        return shape if self.index is None else (*self.weight.matrix_shape[:-2], *shape)
 
     # 8-bit codes ------------------------------------------------------------------------------------------------------
     def codes_transposed(self) -> ir.Value:

@@ -11,14 +11,24 @@ from sparc.codegen.encoded import match_encoded
 from sparc.codegen.onnx.emit import MS, Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
 from sparc.codegen.onnx.sites.expand import unpacked
-from sparc.codegen.onnx.sites.shared import shared_codes, shares_columns
+from sparc.codegen.onnx.sites.nbits import (
+    block_size,
+    blockwise_codes,
+    blockwise_scale,
+    blockwise_zero,
+    multiplies_blocks,
+)
+from sparc.codegen.onnx.sites.product import match_product
+from sparc.codegen.onnx.sites.shared import LOOKUP, readers, shared_codes, shares_columns
 from sparc.codegen.onnx.types import onnx_type
 from sparc.target import KernelUse
+
+_BLOCKS = (16, 32, 64, 128)
 
 
 def embedding(e: Emitter, node: fx.Node) -> ir.Value | None:
     """`decode(w)[indices]`, exact."""
-    if str(node.target) != "aten.embedding.default":
+    if str(node.target) != LOOKUP:
         return None
     weight = match_encoded(e.program, node.args[0])
     w = int_matrix(e, weight) if weight is not None else None
@@ -27,10 +37,32 @@ def embedding(e: Emitter, node: fx.Node) -> ir.Value | None:
     if shares_columns(e, w):
         e.carry(weight.site, KernelUse("Gather", 0))  # the products hold the codes
         return _gather_columns(e, w, node.args[1], node)
+    if shares_blocks(e, w):
+        e.carry(weight.site, KernelUse("GatherBlockQuantized", 0))
+        return _gather_shared_blocks(e, w, node.args[1])
     result = _gather_blocks(e, w, node.args[1]) or _gather_codes(e, w, node.args[1], node)
     operator = "GatherBlockQuantized" if e.target.contrib and _fits_blocks(e, w) else "Gather"
     e.carry(weight.site, KernelUse(operator, w.code_bytes + w.grid_bytes))
     return result
+
+
+def shares_blocks(e: Emitter, w: IntMatrix) -> bool:
+    """Whether rows can be looked up in the very codes, scales and zero points that MatMulNBits reads."""
+    block = block_size(w)
+    if block not in _BLOCKS or w.shape[1] % block or w.weight.dtype != torch.float32 or "minimum" in w.grid.grid_names:
+        return False
+    sites = [match_product(e, node) for node in readers(e, w) if str(node.target) != LOOKUP]
+    return bool(sites) and all(site is not None and multiplies_blocks(e, site) for site in sites)
+
+
+def _gather_shared_blocks(e: Emitter, w: IntMatrix, indices: Any) -> ir.Value:
+    block = block_size(w)
+    assert block is not None
+    parts = (blockwise_codes(w, block, rows=True), indices, blockwise_scale(w, block), blockwise_zero(w, block))
+    made: ir.Value = e.op(
+        "GatherBlockQuantized", *parts, domain=MS, gather_axis=0, quantize_axis=1, block_size=block, bits=w.grid.bits
+    )
+    return made
 
 
 def _gather_columns(e: Emitter, w: IntMatrix, indices: Any, node: fx.Node) -> ir.Value:
@@ -57,7 +89,7 @@ def _fits_blocks(e: Emitter, w: IntMatrix) -> bool:
     return (
         e.target.contrib
         and isinstance(group, int)
-        and group in (16, 32, 64, 128)
+        and group in _BLOCKS
         and w.shape[1] % group == 0
         and w.grid.bits in (4, 8)
         and (w.grid.symmetric or w.grid.zero == "integer")

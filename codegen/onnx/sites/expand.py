@@ -26,7 +26,7 @@ def dequantized_product(e: Emitter, site: Product) -> ir.Value | None:
     A Gemm on rows, as ONNX Runtime would turn DequantizeLinear and MatMul into an operator that rounds x to 8 bits.
     """
     w = site.matrix
-    if w is None or len(site.weight.matrix_shape) != 2 or not can_dequantize(e, w):
+    if w is None or not site.is_matrix or not can_dequantize(e, w):
         return None
     fake = site.x.node.meta["val"]
     out, reduce = w.shape
@@ -69,7 +69,7 @@ def _zero(w: IntMatrix) -> ir.Value | None:
         return None
     count = math.prod(shape)
     zeros = torch.full((count,), 8) if w.grid.symmetric else w.part("zero").reshape(-1)
-    name = f"zeros8[{count}]" if w.grid.symmetric else f"{w.weight.site}_zero_packed"
+    name = f"zeros8[{count}]" if w.grid.symmetric else w.named("zero_packed")
     return w.e.derived(name, zeros.to(torch.uint8), "pack4", dtype=ir.DataType.UINT4, dims=shape)
 
 

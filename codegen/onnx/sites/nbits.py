@@ -5,6 +5,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from sparc.codegen.encoded import Activation
 from sparc.codegen.onnx.emit import MS, Emitter
 from sparc.codegen.onnx.sites.codes import IntMatrix
 from sparc.codegen.onnx.sites.product import Product
@@ -18,33 +19,48 @@ def nbits_product(e: Emitter, site: Product) -> ir.Value | None:
     """`x @ decode(w).T + bias` by MatMulNBits: 4-bit codes, and 8-bit ones where x is quantized by row and block.
 
     The operator's blocks are the grid's groups, or a power of two that divides them. Accuracy level 4 rounds x to int8
-    by row and block; it is used when, and only when, the program does that itself.
+    by row and block; it is used when, and only when, the program does that itself. Of an x in two halves, both are rows
+    of one product: the coarse one as the program decodes it, so that rounding it again changes nothing.
     """
     w = site.matrix
-    if not e.target.contrib or w is None or len(site.weight.matrix_shape) != 2:
+    block = block_size(w) if w is not None and e.target.contrib and site.is_matrix else None
+    if w is None or block is None or w.grid.bits not in (4, 8):
         return None
-    block = block_size(w)
-    if block is None:
+    quantized = multiplies_blocks(e, site)
+    if w.grid.bits == 8 and not quantized and e.target.flavour != "cuda":
         return None
-    quantized = site.x.kind == "block" and site.x.spec is not None and site.x.spec.group == w.grid.group == block
-    if w.grid.bits not in (4, 8) or (w.grid.bits == 8 and not (quantized or e.target.flavour == "cuda")):
-        return None
-    if w.grid.bits == 8 and w.grid.zero == "minimum":
-        return None
-    x = site.x.source if quantized else site.x.node
     out, reduce = w.shape
-    scale, zero = _scale(w, block), _zero(w, block)
+    stacked = quantized and site.x.kind == "split_block"
+    x = _stacked(e, site.x) if stacked else e.value(site.x.source if quantized else site.x.node)
+    bias_apart = stacked or _has_minimum(w)
+    scale = blockwise_scale(w, block) if quantized else _scale(w, block)
+    parts = (blockwise_codes(w, block), scale, blockwise_zero(w, block), None, None if bias_apart else site.bias)
     product = e.op(
-        "MatMulNBits", x, _codes(w, block), scale, zero, None, None if _has_minimum(w) else site.bias, domain=MS,
+        "MatMulNBits", x, *parts, domain=MS,
         K=reduce, N=out, bits=w.grid.bits, block_size=block, accuracy_level=_INT8 if quantized else _FULL,
     )  # fmt: skip
+    terms = list(e.op("Split", product, axis=-2, num_outputs=2, outputs=2)) if stacked else [product]
     if _has_minimum(w):
-        product = e.op("Add", product, _minimum_part(e, w, x, reduce))
-        product = product if site.bias is None else e.op("Add", product, site.bias)
+        terms.append(_minimum_part(e, w, site.x.source if quantized else site.x.node, reduce))
+    if bias_apart and site.bias is not None:
+        terms.append(e.value(site.bias))
+    product = e.op("Sum", *terms) if len(terms) > 1 else product
     groups = -(-reduce // block)
     each = site.weight.dtype.itemsize + (0 if w.grid.symmetric else 0.5 if w.grid.bits == 4 else 1)
     site.carried(e, KernelUse("MatMulNBits", int(out * groups * (block * w.grid.bits / 8 + each))))
     return product
+
+
+def multiplies_blocks(e: Emitter, site: Product) -> bool:
+    """Whether the codes of x, a scale for each of the operator's blocks, are multiplied with the weight's."""
+    w = site.matrix
+    if not e.target.contrib or w is None or not site.is_matrix or w.grid.bits not in (4, 8):
+        return False
+    halves = site.x.halves if site.x.kind == "split_block" else None
+    spec = halves[0].spec if halves is not None else site.x.spec if site.x.kind == "block" else None
+    if spec is None or spec.group != block_size(w):
+        return False
+    return not _has_minimum(w) if halves is None else _has_rows(site.x)  # a minimum meets x before it is rounded
 
 
 def block_size(w: IntMatrix) -> int | None:
@@ -59,14 +75,38 @@ def _has_minimum(w: IntMatrix) -> bool:
     return not w.grid.symmetric and w.grid.zero == "minimum"
 
 
-def _codes(w: IntMatrix, block: int) -> ir.Value:
-    """`[out, blocks, bytes of a block]`, uint8, signed codes offset to unsigned; the last block filled up."""
+def _has_rows(x: Activation) -> bool:
+    return site_fake(x.node).ndim > 1
+
+
+def _stacked(e: Emitter, x: Activation) -> ir.Value:
+    """The coarse and the fine part of a split x, as rows of one matrix."""
+    assert x.halves is not None
+    coarse, fine = x.halves
+    return e.op("Concat", coarse.node, fine.source, axis=-2)
+
+
+def blockwise_codes(w: IntMatrix, block: int, *, rows: bool = False) -> ir.Value:
+    """`[out, blocks, bytes of a block]`, or `[out, bytes]` where rows are wanted: uint8, the last block filled up.
+
+    Signed codes are offset to unsigned ones.
+    """
     out, reduce = w.shape
     blocks, blob = -(-reduce // block), block * w.grid.bits // 8
     flip = "flip_sign" if w.grid.bits == 8 and w.grid.symmetric else ""
+    dims = (out, blocks * blob) if rows else (out, blocks, blob)
     if w.part("codes").shape[-1] == blocks * blob:
-        return w.read("codes", flip or "identity", dims=(out, blocks, blob))
-    return w.read("codes", f"{flip}+pad".lstrip("+"), (out, blocks * blob), dims=(out, blocks, blob))
+        return w.read("codes", flip or "identity", dims=dims)
+    return w.read("codes", f"{flip}+pad".lstrip("+"), w.stored((out, blocks * blob)), dims=dims)
+
+
+def blockwise_scale(w: IntMatrix, block: int) -> ir.Value:
+    """`[out, blocks]`, in the dtype of x, stored as it is read."""
+    blocks = -(-w.shape[1] // block)
+    if not w.per_channel or w.part("scale").shape == (w.shape[0], blocks):
+        return _scale(w, block)
+    wide = w.part("scale").expand(w.shape[0], blocks).to(w.weight.dtype).contiguous()
+    return w.e.derived(w.named("scale_blocks"), wide)
 
 
 def _scale(w: IntMatrix, block: int) -> ir.Value:
@@ -88,19 +128,20 @@ def _spread(w: IntMatrix, value: ir.Value, groups: int, block: int) -> ir.Value:
     return flat if groups * repeats == blocks else w.e.op("Slice", flat, [0], [blocks], [1])
 
 
-def _zero(w: IntMatrix, block: int) -> ir.Value | None:
+def blockwise_zero(w: IntMatrix, block: int) -> ir.Value | None:
     """Zero points, packed like the codes; None where the operator's default, the middle code, is meant."""
     out, reduce = w.shape
     blocks = -(-reduce // block)
     if w.grid.symmetric:
         return None
     if _has_minimum(w):
-        return w.e.op("Expand", w.e.const(0, ir.DataType.UINT8), [out, -(-blocks // 2)])
+        width = blocks if w.grid.bits == 8 else -(-blocks // 2)
+        return w.e.op("Expand", w.e.const(0, ir.DataType.UINT8), [out, width])
     if w.part("zero").shape == (out, blocks):
         return w.read("zero", "pack4") if w.grid.bits == 4 else w.read("zero")
     repeats = blocks if w.per_channel else w.grid.group // block  # type: ignore[operator]
     zeros = w.part("zero").expand(out, -1).repeat_interleave(repeats, dim=1)[:, :blocks].contiguous()
-    return w.e.derived(f"{w.weight.site}_zero_blocks", zeros, "pack4" if w.grid.bits == 4 else "identity")
+    return w.e.derived(w.named("zero_blocks"), zeros, "pack4" if w.grid.bits == 4 else "identity")
 
 
 def _minimum_part(e: Emitter, w: IntMatrix, x: Any, reduce: int) -> ir.Value:

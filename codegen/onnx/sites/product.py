@@ -1,13 +1,14 @@
 """A product with an encoded weight: `x @ w.T + bias`, however the program spells it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from sparc.codegen.encoded import Activation, Encoded, match_activation, match_encoded
-from sparc.codegen.onnx.emit import Emitter
+from sparc.codegen.onnx.emit import Emitter, Result
 from sparc.codegen.onnx.sites.codes import IntMatrix, int_matrix
 from sparc.target import KernelUse
 
@@ -24,6 +25,7 @@ class Product:
         weight: the right one, as a matrix `[batch..., out, reduce]`.
         matrix: its integers, if there are any.
         bias: added to the result; None for nothing.
+        copies: how many products like this one its weight is divided into.
     """
 
     node: fx.Node
@@ -31,10 +33,20 @@ class Product:
     weight: Encoded
     matrix: IntMatrix | None
     bias: Any = None
+    copies: int = 1
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the right operand is a single matrix."""
+        stacked = self.matrix is not None and self.matrix.index is not None
+        return stacked or len(self.weight.matrix_shape) == 2
 
     def carried(self, e: Emitter, kernel: KernelUse) -> None:
         """Note what carries the weight."""
-        e.carry(self.weight.site, kernel)
+        e.carry(self.weight.site, replace(kernel, resident_bytes=kernel.resident_bytes * self.copies))
+
+
+ProductLowering = Callable[[Emitter, Product], Result]
 
 
 def match_product(e: Emitter, node: fx.Node) -> Product | None:

@@ -15,14 +15,14 @@ from sparc.codegen.onnx.sites.codes import IntMatrix
 from sparc.codegen.onnx.sites.product import match_product, takes_integers
 from sparc.program import weight_nodes
 
-_LOOKUP = "aten.embedding.default"
+LOOKUP = "aten.embedding.default"
 
 
 def shares_columns(e: Emitter, w: IntMatrix) -> bool:
     """Whether lookups and integer products read one copy of a matrix: when it has both, and no other use."""
     if not w.rows_are_read():
         return False
-    others = [node for node in _readers(e, w) if str(node.target) != _LOOKUP]
+    others = [node for node in readers(e, w) if str(node.target) != LOOKUP]
     sites = [match_product(e, node) for node in others]
     return bool(sites) and all(
         site is not None and takes_integers(e, site) and site.node.meta["val"].ndim > 1 for site in sites
@@ -41,7 +41,7 @@ def shared_codes(w: IntMatrix) -> tuple[ir.Value, ir.Value | None]:
     return codes, w.read("zero", "flip_sign", dims=() if count == 1 else (1, 1, count))
 
 
-def _readers(e: Emitter, w: IntMatrix) -> Iterator[fx.Node]:
+def readers(e: Emitter, w: IntMatrix) -> Iterator[fx.Node]:
     """Every operator, of every entry, that reads the decoded matrix."""
     for entry in e.program.entries.values():
         for codes in weight_nodes(entry.graph, w.weight.parts["codes"]):

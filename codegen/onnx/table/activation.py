@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from sparc.codegen.onnx.emit import Emitter, Translation
+from sparc.codegen.onnx.emit import MS, Emitter, Translation
 from sparc.codegen.onnx.table.arithmetic import unary
 
 
@@ -25,6 +25,8 @@ def gelu(e: Emitter, node: fx.Node, x: fx.Node, *, approximate: str = "none") ->
 
 def silu(e: Emitter, node: fx.Node, x: fx.Node) -> ir.Value:
     """`x * sigmoid(x)`."""
+    if e.target.flavour == "cpu" and x.meta["val"].dtype == torch.float32:
+        return e.op("QuickGelu", x, domain=MS, alpha=1.0)
     return e.op("Mul", x, e.op("Sigmoid", x))
 
 

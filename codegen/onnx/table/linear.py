@@ -79,28 +79,6 @@ def einsum(e: Emitter, node: fx.Node, equation: str, operands: Sequence[fx.Node]
     return e.op("Einsum", *operands, equation=equation.replace(" ", ""))
 
 
-def grouped(
-    e: Emitter, node: fx.Node, x: fx.Node, weight: fx.Node, ends: fx.Node, *rest: Any, **named: Any
-) -> ir.Value | None:
-    """Rows `[rows, in]` in runs, each with its own matrix of `[runs, in, out]`; `ends` says where; rows after are 0."""
-    if (
-        x.meta["val"].ndim != 2
-        or weight.meta["val"].ndim != 3
-        or any(arg is not None for arg in (*rest, *named.values()))
-    ):
-        return None
-    fake = node.meta["val"]
-    stops, start, pieces = e.cast(ends, torch.int64), e.ints([0]), []
-    for run in range(weight.meta["val"].shape[0]):
-        stop = e.op("Slice", stops, [run], [run + 1], [0])
-        rows = e.op("Slice", x, start, stop, [0])
-        pieces.append(e.op("MatMul", rows, e.op("Gather", weight, e.const(run, torch.int64), axis=0)))
-        start = stop
-    count = e.op("Sub", e.sizes.length(fake.shape[0]), start)
-    pieces.append(e.op("Expand", e.const(0, fake.dtype), e.op("Concat", count, e.ints([fake.shape[1]]), axis=0)))
-    return e.op("Concat", *pieces, axis=0)
-
-
 def dot(e: Emitter, node: fx.Node, a: fx.Node, b: fx.Node) -> ir.Value:
     """The scalar product of vectors."""
     return e.op("MatMul", a, b)
@@ -125,8 +103,6 @@ TABLE: dict[str, Translation] = {
     "aten.bmm.default": matmul,
     "aten.mv.default": matmul,
     "aten.dot.default": dot,
-    "transformers.grouped_mm_fallback.default": grouped,
-    "aten._grouped_mm.default": grouped,
     "aten.outer.default": outer,
     "aten.addmm.default": addmm,
     "aten.baddbmm.default": baddbmm,
