@@ -201,7 +201,7 @@ def unmatched() -> None:
     torch.set_num_threads(THREADS)
     arguments, diagnostics = smollm2.smollm2(), Diagnostics()
     program = sparc.capture(arguments["model"], arguments["example_inputs"], dynamic=arguments["dynamic"])
-    samples = make_samples(program, arguments["example_inputs"], None, diagnostics)
+    samples = make_samples(program, {"forward": arguments["example_inputs"]}, None, diagnostics)
     driver = Driver(program, samples, diagnostics, verify="types")
     driver.run(Canonicalize(), "*")
     known, rows = registry(), []

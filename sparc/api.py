@@ -1,7 +1,7 @@
 """compile(): the whole pipeline, readable top to bottom."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,12 @@ from torch.export import ExportedProgram
 from sparc import codes, evidence
 from sparc.analysis.sites import Site, find_sites
 from sparc.artifact import Artifact, load_artifact
-from sparc.capture import Dynamic, capture
+from sparc.capture import Dynamic, capture, merge
 from sparc.checkpoint.base import Checkpoint
 from sparc.diag import Diagnostics, PassError
 from sparc.driver import VERIFY_LEVELS, Driver
 from sparc.exported import capture_exported, runnable
-from sparc.generation.task import Task, prepare_task
+from sparc.generation.task import EntryTask, Task, prepare_task
 from sparc.memory import trim
 from sparc.parity import check_sites
 from sparc.pass_base import Pass, Samples, Stage
@@ -103,7 +103,7 @@ def compile(
         model: a module in float32, an exported program, or what `read_checkpoint` gave.
         example_inputs: a tuple (positional) or a mapping (keyword); values that are not tensors are frozen.
         task: `text-generation` works example inputs, dynamic dimensions and a cache out from a language model of
-            transformers; `data` is then what its tokenizer returns.
+            transformers, a decoder or an encoder-decoder; `data` is then what its tokenizer returns.
         recipe: a registered name (`w8`, `w4`, `w8a8`, `keep`, ...), a TOML file, a Recipe, or passes in order.
         target: `onnx` (= `onnx:cpu`), `onnx:portable`, `onnx:cuda`, `cuda`, `cuda:sm_90`, `reference`.
         dynamic: dimensions that vary, by input and axis: `{"input_ids": {0: "batch", 1: "seq"}}`.
@@ -121,7 +121,8 @@ def compile(
     job = check_job(recipe, target, verify, options, diagnostics)
     given = _given(model, example_inputs, task, dynamic, data)
     captured = _capture(given, diagnostics)
-    samples = make_samples(captured, given.example_inputs, given.data, diagnostics)
+    examples = {name: entry.example_inputs for name, entry in given.entries.items()}
+    samples = make_samples(captured, examples, given.data, diagnostics, given.feed)
     artifact, plain = compile_program(captured, samples, job, diagnostics)
     artifact.attachments.update(given.attachments)
     if measure:
@@ -295,15 +296,22 @@ def _claims(claimed: set[str], site: Site) -> bool:
 
 
 def _given(model: Model, examples: Any, task: str | None, dynamic: Dynamic | None, data: Data) -> Task:
-    return prepare_task(task, model, data) if task is not None else Task(model, examples, dynamic, data)
+    alone = {"forward": EntryTask(model, examples, dynamic)}
+    return prepare_task(task, model, data) if task is not None else Task(alone, data)
 
 
 def _capture(given: Task, diagnostics: Diagnostics) -> Program:
-    if isinstance(given.model, ExportedProgram):
-        return capture_exported(given.model, diagnostics=diagnostics)
-    program = capture(given.model, given.example_inputs, dynamic=given.dynamic, diagnostics=diagnostics)
-    program.main.cache = given.cache
-    return program
+    programs = []
+    for name, each in given.entries.items():
+        if isinstance(each.model, ExportedProgram):
+            program = capture_exported(each.model, entry=name, diagnostics=diagnostics)
+        else:
+            program = capture(
+                each.model, each.example_inputs, dynamic=each.dynamic, entry=name, diagnostics=diagnostics
+            )
+        program.main.cache = each.cache
+        programs.append(program)
+    return merge(programs)
 
 
 def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, samples: Samples, target: str) -> None:
@@ -316,18 +324,17 @@ def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, s
 
 
 def _measure(artifact: Artifact, given: Task, job: Job, plain: Program) -> None:
-    name, entry = next(iter(artifact.program.entries.items()))
-    module = runnable(given.model)
-    timed = {label: bind_examples(module.forward, each)[0] for label, each in given.timed.items()}
-    timed = timed or {"": bind_examples(module.forward, given.example_inputs)[0]}
-    summary = artifact.ledger.summary
-    if isinstance(artifact.emission, Estimating) and not artifact.emission.native:
-        summary.latencies = [
-            artifact.emission.estimate(entry.signature.bind((), each), name) for each in timed.values()
-        ]
-        return
-    dense: Emission = job.target.emit(plain, job.context(Diagnostics()))
-    ours, theirs = artifact.emission.runner(name, spin=False), dense.runner(name, spin=False)
-    for label, named in timed.items():
-        tensors = entry.signature.bind((), named)
-        summary.latencies += evidence.latencies(ours, theirs, module, named, tensors, label=label)
+    summary, emission = artifact.ledger.summary, artifact.emission
+    estimated = isinstance(emission, Estimating) and not emission.native
+    dense: Emission | None = None if estimated else job.target.emit(plain, job.context(Diagnostics()))
+    for name, each in given.entries.items():
+        module = runnable(each.model)
+        for label, inputs in (each.timed or {"": each.example_inputs}).items():
+            named = bind_examples(module.forward, inputs)[0]
+            tensors = artifact.program.entries[name].signature.bind((), named)
+            if dense is None:
+                found = emission.estimate(tensors, name)  # type: ignore[attr-defined]
+                summary.latencies.append(replace(found, against=f"{found.against}: {label}") if label else found)
+                continue
+            ours, theirs = emission.runner(name, spin=False), dense.runner(name, spin=False)
+            summary.latencies += evidence.latencies(ours, theirs, module, named, tensors, label=label)

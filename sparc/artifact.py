@@ -115,10 +115,13 @@ class Artifact:
     def call(self, entry: str, /, *args: Any, **kwargs: Any) -> Any:
         """Run an entry by name."""
         if entry not in self.program.entries:
-            known = ", ".join(self.program.entries)
-            raise ArtifactError(codes.CALL_MISMATCH, f"there is no entry {entry!r}", hint=f"the entries are {known}")
+            raise self._no_entry(entry)
         called = self.program.entries[entry]
         return called.signature.unflatten(self.run_flat(called.bind(args, kwargs), entry))
+
+    def _no_entry(self, name: str) -> ArtifactError:
+        known = ", ".join(self.program.entries)
+        return ArtifactError(codes.CALL_MISMATCH, f"there is no entry {name!r}", hint=f"the entries are {known}")
 
     def run_flat(self, tensors: Sequence[Tensor], entry: str | None = None) -> list[Tensor]:
         """Run an entry on one tensor per input; returns the flat outputs.
@@ -134,9 +137,15 @@ class Artifact:
         check(tensors)
         return runner(tensors)
 
-    def session(self, batch: int = 1, length: int | None = None) -> Session:
+    def session(
+        self,
+        batch: int = 1,
+        length: int | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Session:
         """Sequences to feed and continue: see `sparc.generation.artifact.open_session`."""
-        return open_session(self, batch, length)
+        return open_session(self, batch, length, input_ids, attention_mask)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Continue prompts; the arguments, results and errors are those of `sparc.generation.artifact.generate`."""
@@ -182,17 +191,20 @@ class Artifact:
             files.write_file(temporary / _MANIFEST, [_manifest_json(self.target, records)])
         return Path(folder)
 
-    def export_onnx(self, path: str | Path, external_data: bool | None = None) -> Path:
-        """Write the model as one ONNX file, with its weights inside or (`external_data`, or above 1.5 GB) beside it.
+    def export_onnx(self, path: str | Path, external_data: bool | None = None, *, entry: str | None = None) -> Path:
+        """Write an entry, by default the first, as one ONNX file, with its weights inside or (`external_data`, or above
+        1.5 GB) beside it.
 
         Raises:
             LoweringError: SPARC509 when the target is not ONNX.
-            ArtifactError: SPARC505.
+            ArtifactError: SPARC505, SPARC506 for an entry that does not exist.
         """
         export = getattr(self.emission, "export_onnx", None)
         if export is None:
             raise LoweringError(codes.NOT_EXPORTABLE, f"target {self.target!r} does not export ONNX")
-        export(Path(path), external_data=external_data)
+        if entry is not None and entry not in self.program.entries:
+            raise self._no_entry(entry)
+        export(Path(path), external_data=external_data, entry=entry)
         return Path(path)
 
     def export_checkpoint(self, folder: str | Path) -> Exported:

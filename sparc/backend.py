@@ -195,7 +195,7 @@ class _Compiled:
         self.count += 1
         diagnostics = Diagnostics()
         examples = tuple(values[index].detach().cpu() for index in self.inputs)
-        samples = make_samples(program, examples, None, diagnostics)
+        samples = make_samples(program, {"forward": examples}, None, diagnostics)
         artifact, _ = compile_program(program, samples, self.job, diagnostics)
         return self._keep([values[index] for index in self.weights], artifact)
 

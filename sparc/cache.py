@@ -2,6 +2,9 @@
 
 Such an entry takes `input_ids` `[batch, seq]`, `attention_mask` `[batch, past + seq]`, maybe `position_ids`
 `[batch, seq]`, maybe `logits_to_keep` `[kept]` (the places whose logits are wanted) and one tensor for every slot.
+
+The decoder of an encoder-decoder besides takes what the entry `encoder` made of the source, under the names of that
+entry's outputs, and `encoder_attention_mask` `[batch, source]`: the same in every call.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from sparc.program import Entry
 
 TOKENS, MASK, POSITIONS, KEEP, LOGITS = "input_ids", "attention_mask", "position_ids", "logits_to_keep", "logits"
+ENCODER, DECODER, SOURCE_MASK = "encoder", "decoder", "encoder_attention_mask"
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,12 @@ class Cache:
     Args:
         slots: its tensors; all have the batch on axis 0.
         length: the greatest number of places, given by the model's position embeddings.
+        source: inputs that stay as they are from call to call: what the entry `encoder` made, and its mask.
     """
 
     slots: tuple[CacheSlot, ...]
     length: int
+    source: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> list[str]:

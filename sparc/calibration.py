@@ -9,6 +9,7 @@ activations. (The scheme of SparseGPT and GPTQ.)
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,22 +50,23 @@ class Calibration:
             A function from a node and a kind to the statistic; None for a node that no batch reached, or that holds no
             finite numbers.
         """
-        wanted: dict[str, set[str]] = {}
+        wanted: dict[str, dict[str, set[str]]] = {}  # kinds by entry and node: entries have nodes of equal names
         for node, kind in watches:
-            wanted.setdefault(node.name, set()).add(kind)
-        observers: dict[tuple[str, str], Observer] = {}
+            wanted.setdefault(self._entry(node), {}).setdefault(node.name, set()).add(kind)
+        observers: dict[tuple[str, str, str], Observer] = {}
 
-        def see(name: str, value: Any) -> None:
+        def see(entry: str, name: str, value: Any) -> None:
             if isinstance(value, Tensor):
-                for kind in wanted[name]:
-                    observers.setdefault((name, kind), observer(kind)).update(value)
+                for kind in wanted[entry][name]:
+                    observers.setdefault((entry, name, kind), observer(kind)).update(value)
 
         for entry, graph, index in self._batches(block):
-            needed = [node for node in graph.nodes if node.name in wanted and node.meta["block"] <= block]
-            _run(needed, self._live[entry][index], self.program.weights, see)
+            here = wanted.get(entry, {})
+            needed = [node for node in graph.nodes if node.name in here and node.meta["block"] <= block]
+            _run(needed, self._live[entry][index], self.program.weights, partial(see, entry))
 
         def statistics(node: fx.Node, kind: str) -> Any:
-            found = observers.get((node.name, kind))
+            found = observers.get((self._entry(node), node.name, kind))
             return found.result() if found is not None and found.seen else None
 
         return statistics
@@ -72,13 +74,22 @@ class Calibration:
     def gather_all(self, watches: Iterable[tuple[fx.Node, str]]) -> Statistics:
         """Run every block as it is and observe the watched nodes; afterwards nothing is left to run."""
         everything = list(watches)
-        found: dict[str, Statistics] = {}
+        found: dict[tuple[str, str], Statistics] = {}
         for block in self.blocks:
             here = [(node, kind) for node, kind in everything if node.meta["block"] == block]
             gathered = self.gather(block, here)
-            found.update((node.name, gathered) for node, _ in here)
+            found.update(((self._entry(node), node.name), gathered) for node, _ in here)
             self.advance(block)
-        return lambda node, kind: found[node.name](node, kind) if node.name in found else None
+
+        def statistics(node: fx.Node, kind: str) -> Any:
+            gathered = found.get((self._entry(node), node.name))
+            return gathered(node, kind) if gathered is not None else None
+
+        return statistics
+
+    def _entry(self, node: fx.Node) -> str:
+        """The name of the entry that holds a node; empty for a node of another program."""
+        return next((name for name, entry in self.program.entries.items() if entry.graph is node.graph), "")
 
     def advance(self, block: int) -> None:
         """Run a block as it is now, and keep what later blocks read."""

@@ -33,7 +33,8 @@ def site_rows(
         why: for weights that stayed dense, the reason a pass gave.
     """
     batches = {entry: inputs[:1] for entry, inputs in samples.held_out.items()}
-    measured = {measure.node: measure.worst for measure in measure_sites(baseline, program, batches, "snr_db")}
+    found = measure_sites(baseline, program, batches, "snr_db")
+    measured = {(measure.entry, measure.node): measure.worst for measure in found}
     after = _by_origin(program, baseline)
     files = FileBytes(program, emission)
     rows = []
@@ -42,7 +43,8 @@ def site_rows(
         stored = now.weight if now is not None else site.weight
         row = SiteRow(site.weight, site.location.module, site.location.source, site.operator)
         row.dense_bytes = baseline.weights[site.weight].nbytes
-        row.snr_db = min((measured[use.node.name] for use in site.uses if use.node.name in measured), default=None)
+        uses = [(use.entry, use.node.name) for use in site.uses]
+        row.snr_db = min((measured[use] for use in uses if use in measured), default=None)
         if now is not None and now.encoded:
             row.encoding = str(now.source.args[1])
         row.activation = activation_spec(now)
@@ -146,26 +148,43 @@ def summarize(
     Raises:
         LoweringError: SPARC402 or SPARC404 when the emission does not compute what the program computes.
     """
-    entry = next(iter(program.entries))
-    batches = samples.held_out[entry][:4]
-    names = program.main.signature.output_names
-    expected = run_all(lambda tensors: reference.run_flat(list(tensors), entry=entry), batches)
-    parity = emission.check(program, {entry: batches[0]}, {entry: dict(zip(names, expected[0], strict=True))})
     files = FileBytes(program, emission)
     carried = sum(kernel.resident_bytes for kernel in emission.kernels.values())
     resident = files.read + carried - _carried_bytes(program, emission, files)
     summary = Summary(target, "synthetic" if samples.synthetic else "held out", dense_bytes, files.total, resident)
+    for entry, batches in samples.held_out.items():
+        errors, parity = _output_evidence(reference, program, emission, entry, batches[:4])
+        prefix = f"{entry}: " if len(program.entries) > 1 else ""
+        summary.errors.update((prefix + name, figures) for name, figures in errors.items())
+        summary.parity.update((prefix + name, figure) for name, figure in parity.items())
+    return summary
+
+
+def _output_evidence(
+    reference: Program, program: Program, emission: Emission, entry: str, batches: Sequence[list[Tensor]]
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Of one entry: the outputs' errors against the reference, and their differences from the program."""
+    names = program.entries[entry].signature.output_names
+    expected = run_all(lambda tensors: reference.run_flat(list(tensors), entry=entry), batches)
+    parity = emission.check(program, {entry: batches[0]}, {entry: dict(zip(names, expected[0], strict=True))})
     run = emission.runner(entry) if emission.native else lambda tensors: program.run_flat(list(tensors), entry=entry)
     actual = run_all(run, batches)
     check_finite(names, expected, actual)
-    cache = program.main.cache
-    inner = {slot.output for slot in cache.slots} if cache is not None else set()
+    inner = _inner_outputs(program, entry)
     label = f"cache, worst of {len(inner)}"
-    summary.errors = _with_one_row(output_errors(names, expected, actual), inner, label)
-    summary.parity = {name: value for name, value in parity.items() if name not in inner}
+    errors = _with_one_row(output_errors(names, expected, actual), inner, label)
+    shown = {name: value for name, value in parity.items() if name not in inner}
     if inner & parity.keys():
-        summary.parity[label] = max(parity[name] for name in inner & parity.keys())
-    return summary
+        shown[label] = max(parity[name] for name in inner & parity.keys())
+    return errors, shown
+
+
+def _inner_outputs(program: Program, entry: str) -> set[str]:
+    """The outputs of an entry that only the program's entries read: its own next call, or another entry."""
+    cache = program.entries[entry].cache
+    read = {name for each in program.entries.values() if each.cache is not None for name in each.cache.source}
+    own = {slot.output for slot in cache.slots} if cache is not None else set()
+    return own | (read & set(program.entries[entry].signature.output_names))
 
 
 def _with_one_row(errors: dict[str, dict[str, float]], inner: set[str], label: str) -> dict[str, dict[str, float]]:

@@ -11,45 +11,63 @@ from sparc import codes
 from sparc.diag import CaptureError, Diagnostics, SparcError
 from sparc.inputs import InputCheck
 from sparc.pass_base import Samples
-from sparc.program import Program
+from sparc.program import Entry, Program
 from sparc.progress import collect
 from sparc.source import raised_at
 
 Data = Iterable[Any] | Callable[[], Iterable[Any]] | None
+Feed = Callable[[Program, Any], Mapping[str, Any]]
 _LIMIT = 1024
 _DATA = "data= is a sequence of inputs like example_inputs, or a function that returns one"
 _FINITE = "give example_inputs and data= without NaN"
 _HELD_OUT_SHARE = 4
 
 
-def make_samples(program: Program, examples: Any, data: Data, diagnostics: Diagnostics) -> Samples:
-    """Samples for the program's first entry.
+def make_samples(
+    program: Program,
+    examples: Mapping[str, Any],
+    data: Data,
+    diagnostics: Diagnostics,
+    feed: Feed | None = None,
+) -> Samples:
+    """Samples for every entry that has examples.
 
     Args:
         program: the captured program.
-        examples: the example inputs, positional or by name.
-        data: more inputs like them, or a function that returns them; every fourth one is held out from calibration.
+        examples: for each entry, its example inputs, positional or by name.
+        data: more inputs, or a function that returns them; every fourth one is held out from calibration.
         diagnostics: told when there is no data.
+        feed: what an item of data is to each entry, by name; without, items are inputs of the first one.
 
     Raises:
         CaptureError: SPARC102 when an item does not fit the program's signature.
     """
-    entry = next(iter(program.entries))
-    example = bind(program, examples)
+    example = {entry: bind(program, given, entry) for entry, given in examples.items()}
+    samples = Samples(synthetic=data is None, example=example)
     if data is None:
         diagnostics.remark(codes.SYNTHETIC_DATA, "measurements ran on synthetic inputs", why="data= was not given")
-        cached = set(program.main.cache.inputs) if program.main.cache is not None else set()
-        kept = [name in cached for name in program.main.signature.input_names]
-        made = [example, *(vary(example, seed, kept) for seed in (1, 2))]
-        return Samples({entry: made[:2]}, {entry: made[1:]}, True, {entry: example})
-    bound = [bind(program, item) for item in _read(data)]
-    if not bound:
+        for entry, tensors in example.items():
+            varied = [vary(tensors, seed, _kept(program.entries[entry])) for seed in (1, 2)]
+            samples.held_out[entry], samples.calibration[entry] = [tensors, varied[0]], varied
+        return samples
+    fed = [feed(program, item) if feed is not None else dict.fromkeys(example, item) for item in _read(data)]
+    if not fed:
         raise CaptureError(
             codes.INPUTS_MISSING, "data= is empty", hint="give at least one input, better sixteen or more"
         )
-    held_out = bound[_HELD_OUT_SHARE - 1 :: _HELD_OUT_SHARE] or [example]
-    calibration = [item for index, item in enumerate(bound) if index % _HELD_OUT_SHARE != _HELD_OUT_SHARE - 1]
-    return Samples({entry: held_out}, {entry: calibration or bound}, False, {entry: example})
+    for entry, tensors in example.items():
+        bound = [bind(program, given[entry], entry) for given in fed]
+        samples.held_out[entry] = bound[_HELD_OUT_SHARE - 1 :: _HELD_OUT_SHARE] or [tensors]
+        rest = [item for index, item in enumerate(bound) if index % _HELD_OUT_SHARE != _HELD_OUT_SHARE - 1]
+        samples.calibration[entry] = rest or bound
+    return samples
+
+
+def _kept(entry: Entry) -> list[bool]:
+    """For each input, whether it holds what a model made of tokens."""
+    cache = entry.cache
+    made = {*cache.inputs, *cache.source} if cache is not None else set()
+    return [name in made for name in entry.signature.input_names]
 
 
 def _read(data: Iterable[Any] | Callable[[], Iterable[Any]]) -> list[Any]:
@@ -64,20 +82,21 @@ def _read(data: Iterable[Any] | Callable[[], Iterable[Any]]) -> list[Any]:
         ) from error
 
 
-def bind(program: Program, item: Any) -> list[Tensor]:
-    """One item of data as flat tensors.
+def bind(program: Program, item: Any, name: str | None = None) -> list[Tensor]:
+    """One item of data as flat tensors of an entry, by default the first.
 
     Raises:
         CaptureError: SPARC102 when it does not fit.
     """
-    signature = program.main.signature
+    entry = program.entry(name)
+    signature = entry.signature
     try:
         if isinstance(item, Mapping):
             known = {name: value for name, value in item.items() if name in signature.parameters}
-            tensors = program.main.bind((), known)
+            tensors = entry.bind((), known)
         else:
-            tensors = program.main.bind(item if isinstance(item, (tuple, list)) else (item,), {})
-        InputCheck(program.main)(tensors)
+            tensors = entry.bind(item if isinstance(item, (tuple, list)) else (item,), {})
+        InputCheck(entry)(tensors)
     except Exception as error:  # ArtifactError of a mismatch, or whatever an odd item raises
         said = error.diagnostic if isinstance(error, SparcError) else None
         why = said.what if said is not None else (str(error).splitlines() or [""])[0]

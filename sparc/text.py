@@ -35,7 +35,8 @@ def entry_text(program: Program, name: str) -> str:
             lines.append("  " + node_text(node, entry, labels))
     lines.append(f"  return {', '.join(_value(value, labels) for value in entry.output.args[0])}")  # type: ignore[union-attr]
     if entry.cache is not None:
-        lines.append(f"  cache of {len(entry.cache.slots)} tensors, at most {entry.cache.length} places")
+        over = f", over a source in {len(entry.cache.source)}" if entry.cache.source else ""
+        lines.append(f"  cache of {len(entry.cache.slots)} tensors, at most {entry.cache.length} places{over}")
     used = dict.fromkeys(str(node.target) for node in entry.graph.nodes if node.op == "get_attr")
     for weight in used:
         record = program.weights.record(weight)

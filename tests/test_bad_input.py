@@ -85,7 +85,7 @@ def test_masks_with_infinities_are_inputs_like_any() -> None:
     (varied,) = vary([mask], 1)
     assert torch.equal(varied, mask)
     program = capture(nn.Softmax(-1), (mask,))
-    samples = make_samples(program, (mask,), None, Diagnostics())
+    samples = make_samples(program, {"forward": (mask,)}, None, Diagnostics())
     assert not any(tensor.isnan().any() for batch in samples.held_out["forward"] for tensor in batch)
 
 

@@ -156,6 +156,18 @@ def test_only_entries_with_data_are_run() -> None:
     assert statistics(two, "range") is not None
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_nodes_of_equal_names_in_two_entries_have_statistics_of_their_own(everything: bool) -> None:
+    model = Stack()
+    program = merge([capture(model, (torch.randn(2, 3),), entry=name) for name in ("one", "two")])
+    first, second = (program.entries[name].placeholders[0] for name in ("one", "two"))
+    assert first.name == second.name
+    calibration = Calibration(program, {"one": [[torch.full((2, 3), 1.0)]], "two": [[torch.full((2, 3), 2.0)]]})
+    watches = [(first, "range"), (second, "range")]
+    statistics = calibration.gather_all(watches) if everything else calibration.gather(0, watches)
+    assert (statistics(first, "range"), statistics(second, "range")) == ((1.0, 1.0), (2.0, 2.0))
+
+
 def test_no_data_gives_no_statistics() -> None:
     program, _ = stack()
     calibration = Calibration(program, {"forward": []})

@@ -195,7 +195,8 @@ class TritonEmission:
         """The sites' time against torch's own dense products, by the cost model, at the shapes of `tensors`."""
         from sparc.codegen.triton.estimate import ratio
 
-        return ratio(self._program, self.lowered[entry or next(iter(self.lowered))], self.device, tensors)
+        name = entry or next(iter(self.lowered))
+        return ratio(self._program.entries[name], self.lowered[name], self.device, tensors)
 
 
 def module_of(lowered: Lowered, device: str) -> nn.Module:

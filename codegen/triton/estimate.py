@@ -10,19 +10,19 @@ from sparc.codegen.triton.operator import SiteOperator
 from sparc.codegen.triton.prior import at, dense_seconds
 from sparc.cost import Device
 from sparc.ledger import Ratio
-from sparc.program import Program
+from sparc.program import Entry
 
 
-def ratio(program: Program, lowered: Lowered, device: Device, tensors: Sequence[Tensor]) -> Ratio:
+def ratio(entry: Entry, lowered: Lowered, device: Device, tensors: Sequence[Tensor]) -> Ratio:
     """The sites' time over that of torch's dense products, with the same nodes around them; nothing else is counted.
 
     Args:
-        program: for the sizes of its inputs.
-        lowered: the entry.
+        entry: for the sizes of its inputs.
+        lowered: what was made of it.
         device: where it would run.
         tensors: one for each input: their sizes say how many tokens there are.
     """
-    sizes = _sizes(program, tensors)
+    sizes = _sizes(entry, tensors)
     ours = theirs = 0.0
     for operator in lowered.operators.values():
         tokens = _tokens(operator, sizes)
@@ -33,9 +33,9 @@ def ratio(program: Program, lowered: Lowered, device: Device, tensors: Sequence[
     return Ratio(f"uncompressed, estimated for {device.name}", value, value, value, 0)
 
 
-def _sizes(program: Program, tensors: Sequence[Tensor]) -> dict[str, int]:
+def _sizes(entry: Entry, tensors: Sequence[Tensor]) -> dict[str, int]:
     found: dict[str, int] = {}
-    for node, tensor in zip(program.main.placeholders, tensors, strict=True):
+    for node, tensor in zip(entry.placeholders, tensors, strict=True):
         kind = node.meta["val"]
         if isinstance(kind, torch.Tensor):
             found.update((str(symbol), int(size)) for symbol, size in zip(kind.shape, tensor.shape, strict=True))

@@ -104,7 +104,7 @@ class Classes:
     def _join(self, node: fx.Node) -> None:
         """add(a, b): one class, if both have one and neither is broadcast."""
         found = [self._of.get(used) for used in node.all_input_nodes]
-        shapes = {str(used.meta["val"].shape) for used in (node, *node.all_input_nodes)}
+        shapes = {str(getattr(used.meta["val"], "shape", ())) for used in (node, *node.all_input_nodes)}
         first, second = found
         if first is None or second is None or first[1] != second[1] or len(shapes) > 1:
             self._freeze(node, node.all_input_nodes)

@@ -75,8 +75,8 @@ UNSUPPORTED_OPERATOR = Code(
 NO_CACHE = Code(
     "SPARC112",
     "the model cannot generate with a cache",
-    "The task text-generation needs a causal language model of transformers whose forward() takes past_key_values and "
-    "fills a DynamicCache of keys and values [batch, heads, length, size].",
+    "The task text-generation needs a causal language model, or an encoder-decoder that reads tokens, of transformers, "
+    "whose forward() takes past_key_values and fills a DynamicCache of keys and values [batch, heads, length, size].",
     "compile it without task=, or wrap it in a module that takes and returns such a cache",
 )
 UNKNOWN_TASK = Code(

@@ -3,13 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparc import codes
-from sparc.cache import KEEP, LOGITS, MASK, POSITIONS, TOKENS, token_positions
+from sparc.cache import KEEP, LOGITS, MASK, POSITIONS, SOURCE_MASK, TOKENS, token_positions
 from sparc.diag import ArtifactError
 from sparc.generation.artifact import cached_entry
 from sparc.generation.attachments import CONFIG, SETTINGS, attached_json
+from sparc.generation.session import check_tokens
+from sparc.generation.source import encode_source, source_arguments
+from sparc.program import Entry
 
 if TYPE_CHECKING:
     from sparc.artifact import Artifact
@@ -18,8 +21,9 @@ if TYPE_CHECKING:
 def as_transformers(artifact: "Artifact") -> Any:
     """A module with transformers' `GenerationMixin` that runs the artifact.
 
-    Its `forward` is that of a causal language model with a `DynamicCache`; the cache is handed over in every call, so
-    this is slower than `Artifact.generate`, but beam search, assisted generation and logits processors work.
+    Its `forward` is that of a causal language model with a `DynamicCache`, or of an encoder-decoder; the cache is
+    handed over in every call, so this is slower than `Artifact.generate`, but beam search, assisted generation and
+    logits processors work.
 
     Args:
         artifact: compiled with `task="text-generation"`.
@@ -27,10 +31,11 @@ def as_transformers(artifact: "Artifact") -> Any:
     Raises:
         ArtifactError: SPARC513 when it does not generate, its settings are missing, or transformers is not installed.
     """
-    cached_entry(artifact)
+    _, entry = cached_entry(artifact)
+    assert entry.cache is not None
     try:
         from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
-        from transformers.modeling_outputs import CausalLMOutputWithPast
+        from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
     except ImportError:
         raise _unable("transformers is not installed", hint="pip install transformers") from None
     try:
@@ -38,13 +43,16 @@ def as_transformers(artifact: "Artifact") -> Any:
     except (ValueError, TypeError) as error:
         raise _unable(f"{CONFIG} is missing or damaged", why=f"{type(error).__name__}: {error}"[:200]) from None
 
-    class CompiledModel(_Compiled, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    has_encoder = bool(entry.cache.source)
+    methods: Any = _CompiledWithSource if has_encoder else _Compiled
+
+    class CompiledModel(methods, PreTrainedModel, GenerationMixin):  # type: ignore[misc, valid-type]
         """The artifact under transformers' interface."""
 
-        output_type = CausalLMOutputWithPast
+        output_type = Seq2SeqLMOutput if has_encoder else CausalLMOutputWithPast
         _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # whatever the config asks for
 
-    model = CompiledModel(config)
+    model: Any = CompiledModel(config)
     model.hold(artifact)
     given = attached_json(artifact, SETTINGS)
     model.generation_config = GenerationConfig(**given) if SETTINGS in artifact.attachments else GenerationConfig()
@@ -96,6 +104,69 @@ class _Compiled:
             named["past_key_values"] = [{"key": layer.keys, "value": layer.values} for layer in layers]
         result = self._artifact.call(self._name, **named)
         return self.output_type(logits=result[LOGITS], past_key_values=_grown(past_key_values, result["present"]))
+
+
+class _CompiledEncoder(nn.Module):
+    """The artifact's encoder: all that the decoder reads of a source, side by side, `[batch, source, features]`.
+
+    In one tensor with the batch in front transformers knows how to repeat it for beams.
+    """
+
+    main_input_name = TOKENS
+
+    def __init__(self, artifact: "Artifact", entry: Entry) -> None:
+        """Args: the artifact, and its decoder."""
+        super().__init__()
+        self._artifact, self._decoder = artifact, entry
+        given = dict(zip(entry.signature.input_names, entry.placeholders, strict=True))
+        self._kinds = {name: node.meta["val"] for name, node in given.items() if name.startswith("cross.")}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Any:
+        """What transformers calls the last hidden state."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        source = encode_source(self._artifact, *check_tokens(input_ids, attention_mask))
+        return BaseModelOutput(torch.cat([source[name].transpose(1, 2).flatten(2) for name in self._kinds], dim=2))
+
+    def arguments(self, states: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """The decoder's arguments, from what `forward` returned."""
+        sizes = [(kind.shape[1], kind.shape[3]) for kind in self._kinds.values()]
+        parts = states.split([heads * size for heads, size in sizes], dim=2)
+        found = [part.unflatten(2, size).transpose(1, 2) for part, size in zip(parts, sizes, strict=True)]
+        whole = torch.ones(states.shape[:2], dtype=torch.int64)
+        source = dict(zip(self._kinds, found, strict=True)) | {SOURCE_MASK: whole if mask is None else mask.long()}
+        return source_arguments(self._decoder, source)
+
+
+class _CompiledWithSource(_Compiled):
+    """The same of an encoder-decoder."""
+
+    def hold(self, artifact: "Artifact") -> None:
+        """Run this artifact."""
+        super().hold(artifact)
+        self.encoder = _CompiledEncoder(artifact, artifact.program.entries[self._name])
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        **unused: Any,
+    ) -> Any:
+        """Logits and the grown cache, as the encoder-decoders of transformers return them."""
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+        states = self.encoder(input_ids, attention_mask) if encoder_outputs is None else encoder_outputs
+        cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache()) if past_key_values is None else past_key_values
+        named = {TOKENS: decoder_input_ids, **self.encoder.arguments(states[0], attention_mask)}
+        layers = [layer for layer in cache.self_attention_cache.layers if layer.get_seq_length()]
+        if layers:
+            named["past_key_values"] = [{"key": layer.keys, "value": layer.values} for layer in layers]
+        result = self._artifact.call(self._name, **named)
+        _grown(cache.self_attention_cache, result["present"])
+        return self.output_type(logits=result[LOGITS], past_key_values=cache)
 
 
 def _grown(cache: Any, present: list[dict[str, Tensor]]) -> Any:

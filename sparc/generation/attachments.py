@@ -1,6 +1,7 @@
 """The files that lie beside a model in an artifact, under the names everybody uses: settings and tokenizer."""
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,8 +15,13 @@ ATTACHMENTS = frozenset({CONFIG, SETTINGS, GENAI_CONFIG, *TOKENIZER_FILES})
 
 def attached_json(artifact: "Artifact", name: str) -> dict[str, Any]:
     """An attachment's JSON object; where there is none, or it is damaged, an empty one."""
+    return json_object(artifact.attachments, name)
+
+
+def json_object(attachments: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The same of attachments alone."""
     try:
-        found = json.loads(artifact.attachments.get(name, b"{}"))
+        found = json.loads(attachments.get(name, b"{}"))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -16,24 +16,31 @@ _LONGEST = 1 << 20
 _BATCH, _TOKENS, _PAST = 2, 3, 5
 
 
-class Decoder(nn.Module):
-    """`forward(input_ids, attention_mask, position_ids, logits_to_keep, past_key_values)` of a causal language model.
-
-    `past_key_values` is a list of `{"key": ..., "value": ...}`, one for each layer, each `[batch, heads, past, size]`.
-    The results are the logits at `logits_to_keep`, `[batch, kept, vocabulary]`, and the grown cache, `present`.
-    Weights keep the names they have in `model`.
-    """
+class Wrapped(nn.Module):
+    """A module around a model whose weights keep the names they have there; the model itself is not changed."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Args: the model, which is not changed."""
+        """Args: the model."""
         super().__init__()
-        self._model = (model,)  # in a tuple, so that weights are not named "model.model..."
+        self._model: tuple[Any] = (model,)  # in a tuple, so that weights are not named "model.model..."
         for name, child in model.named_children():
             self.add_module(name, child)
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         for name, buffer in model.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
+
+
+class Decoder(Wrapped):
+    """`forward(input_ids, attention_mask, position_ids, logits_to_keep, past_key_values)` of a causal language model.
+
+    `past_key_values` is a list of `{"key": ..., "value": ...}`, one for each layer, each `[batch, heads, past, size]`.
+    The results are the logits at `logits_to_keep`, `[batch, kept, vocabulary]`, and the grown cache, `present`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Args: the model."""
+        super().__init__(model)
         declared = inspect.signature(model.forward).parameters
         self._takes = frozenset(name for name in (MASK, POSITIONS, KEEP) if name in declared)
 
@@ -46,7 +53,7 @@ class Decoder(nn.Module):
         past_key_values: list[dict[str, Tensor]],
     ) -> dict[str, Any]:
         """See the class."""
-        cache = _cache_of([(layer["key"], layer["value"]) for layer in past_key_values])
+        cache = filled_cache([(layer["key"], layer["value"]) for layer in past_key_values])
         given = {MASK: attention_mask, POSITIONS: position_ids, KEEP: logits_to_keep}
         taken = {name: value for name, value in given.items() if name in self._takes}
         result = self._model[0](input_ids=input_ids, past_key_values=cache, use_cache=True, **taken)
@@ -70,6 +77,8 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, dict[int, Any]
     tokens = torch.randint(min(10, vocabulary // 2), vocabulary, shape, generator=generator)
     mask = torch.ones_like(tokens)
     mask[1, :2] = 0
+    if getattr(config, "is_encoder_decoder", False):
+        raise CaptureError(codes.NO_CACHE, f"{type(model).__name__} has an encoder", why="it is no decoder alone")
     layers = _run_once(model, tokens[:, :_PAST], mask[:, :_PAST])
     examples = {
         TOKENS: tokens[:, _PAST:].contiguous(),
@@ -89,12 +98,14 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, dict[int, Any]
         for kind in ("key", "value"):
             dynamic[f"past_key_values.{index}.{kind}"] = {0: "batch", 2: "past"}
             slots.append(CacheSlot(f"past_key_values.{index}.{kind}", f"present.{index}.{kind}"))
-    return examples, dynamic, Cache(tuple(slots), _context(config))
+    return examples, dynamic, Cache(tuple(slots), context_length(config))
 
 
-def _context(config: Any) -> int:
+def context_length(config: Any) -> int:
     """How many positions the model knows; a model without such a limit gets a very large one."""
     text = config.get_text_config(decoder=True)
+    if hasattr(text, "relative_attention_num_buckets"):  # distances beyond the greatest share a bucket
+        return _LONGEST
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         length = getattr(text, name, None)
         if isinstance(length, int) and 0 < length <= _LONGEST:
@@ -103,16 +114,14 @@ def _context(config: Any) -> int:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises CaptureError SPARC112 for what is no causal language model with a cache."""
+    """Raises CaptureError SPARC112 for what is no language model with a cache."""
     try:
         from transformers import PreTrainedModel
     except ImportError:
         raise CaptureError(codes.NO_CACHE, "transformers is not installed", hint="pip install transformers") from None
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise CaptureError(codes.NO_CACHE, f"{name} is no causal language model of transformers")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise CaptureError(codes.NO_CACHE, f"{name} has an encoder", why="only decoders are supported by this task yet")
+        raise CaptureError(codes.NO_CACHE, f"{name} is no language model of transformers that generates")
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise CaptureError(codes.NO_CACHE, f"{name}.forward() takes no past_key_values")
 
@@ -121,26 +130,41 @@ def _run_once(model: nn.Module, tokens: Tensor, mask: Tensor) -> list[tuple[Tens
     """The keys and values of every layer after these tokens."""
     from transformers import DynamicCache
 
-    name, cache, training = type(model).__name__, DynamicCache(), model.training
+    cache = DynamicCache()
+    run_model(model, input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+    return cached_layers(model, cache, *tokens.shape)
+
+
+def run_model(model: nn.Module, **given: Any) -> Any:
+    """The model's result in eval mode; raises CaptureError SPARC112 when it does not run so."""
+    training = model.training
     try:
         with torch.no_grad():
-            model.eval()(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+            return model.eval()(**given)
     except Exception as error:  # any error of the user's own code
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        name, why = type(model).__name__, f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise CaptureError(codes.NO_CACHE, f"{name} does not run with a DynamicCache", why=why) from None
     finally:
         model.train(training)
+
+
+def cached_layers(model: nn.Module, cache: Any, batch: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of every layer of a cache, each `[batch, heads, count, size]`.
+
+    Raises:
+        CaptureError: SPARC112 when the model keeps something else there.
+    """
     found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-    wanted = tuple(tokens.shape)
     if not found or any(
-        not isinstance(each, Tensor) or each.ndim != 4 or (each.shape[0], each.shape[2]) != wanted
+        not isinstance(each, Tensor) or each.ndim != 4 or (each.shape[0], each.shape[2]) != (batch, count)
         for pair in found for each in pair
     ):  # fmt: skip
-        raise CaptureError(codes.NO_CACHE, f"{name} keeps another state than keys and values by place")
+        what = f"{type(model).__name__} keeps another state than keys and values by place"
+        raise CaptureError(codes.NO_CACHE, what)
     return found  # type: ignore[return-value]
 
 
-def _cache_of(pairs: list[tuple[Tensor, Tensor]]) -> Any:
+def filled_cache(pairs: list[tuple[Tensor, Tensor]]) -> Any:
     """A DynamicCache that already holds these keys and values."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 

@@ -23,12 +23,14 @@ def genai_config(artifact: "Artifact") -> bytes:
 
     Raises:
         ArtifactError: SPARC513 when it does not generate.
-        LoweringError: SPARC509 when its target is not ONNX.
+        LoweringError: SPARC509 when its target is not ONNX, or the model has an encoder.
     """
     if not artifact.target.startswith("onnx"):
         raise LoweringError(codes.NOT_EXPORTABLE, f"target {artifact.target!r} makes no ONNX model")
     name, entry = cached_entry(artifact)
     assert entry.cache is not None
+    if entry.cache.source:
+        raise LoweringError(codes.NOT_EXPORTABLE, "onnxruntime-genai takes no encoder-decoders of this form")
     given = {**attached_json(artifact, CONFIG), **attached_json(artifact, SETTINGS)}
     shares = getattr(artifact.emission, "shares_cache", None)
     key = dict(zip(entry.signature.input_names, entry.placeholders, strict=True))[entry.cache.slots[0].input]

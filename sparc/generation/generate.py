@@ -1,7 +1,7 @@
 """Generating tokens with a session: a prompt in, tokens out one by one."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ class Ending:
         max_new_tokens: at the latest after so many tokens.
         eos: tokens that end a sequence.
         pad: what follows the end of a sequence while others go on.
+        forced: tokens that are not chosen but given, by how many were generated before.
     """
 
     max_new_tokens: int = 20
     eos: tuple[int, ...] = ()
     pad: int = 0
+    forced: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -55,7 +57,10 @@ def stream_tokens(
     ended = torch.zeros(session.batch, dtype=torch.bool)
     logits = session.feed(tokens, mask)
     for count in range(1, ending.max_new_tokens + 1):
-        chosen = sampling.choose(logits, generator).masked_fill(ended, ending.pad)
+        chosen = sampling.choose(logits, generator)
+        if count - 1 in ending.forced:
+            chosen = torch.full_like(chosen, ending.forced[count - 1])
+        chosen = chosen.masked_fill(ended, ending.pad)
         session.pending = chosen[:, None]
         yield chosen
         for token in ending.eos:

@@ -76,9 +76,13 @@ class Session:
         pending: tokens that were generated but not yet fed, `[batch, 1]`; the next feed begins with them.
     """
 
-    def __init__(self, entry: Entry, run: CachedRun, batch: int, length: int) -> None:
-        """Args: an entry with a cache, how it is run, the number of sequences, the greatest number of places."""
-        self._entry, self._run = entry, run
+    def __init__(
+        self, entry: Entry, run: CachedRun, batch: int, length: int, source: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Args: an entry with a cache, how it is run, the number of sequences, the greatest number of places, and what
+        the entry takes of an encoded source.
+        """
+        self._entry, self._run, self._source = entry, run, dict(source or {})
         self.batch, self.length = batch, length
         self.mask = torch.zeros(batch, 0, dtype=torch.int64)
         self.pending: Tensor | None = None
@@ -114,6 +118,7 @@ class Session:
             MASK: self.mask,
             POSITIONS: token_positions(self.mask, count),
             KEEP: torch.tensor([count - 1]),
+            **self._source,
         }
         names = self._entry.signature.input_names
         logits = self._run({name: value for name, value in offered.items() if name in names})[LOGITS]
@@ -141,7 +146,16 @@ def check_room(wanted: int, length: int) -> None:
 def check_prompt(tokens: Any, mask: Any, vocabulary: int | None = None) -> tuple[Tensor, Tensor]:
     """A prompt's tokens and mask, int64 `[batch, count]`, with what is hidden moved to the front of each row.
 
-    So every row ends with its last token, wherever the tokenizer put the padding.
+    So every row ends with its last token, wherever the tokenizer put the padding. The arguments and errors are those of
+    `check_tokens`.
+    """
+    tokens, mask = check_tokens(tokens, mask, vocabulary)
+    order = mask.argsort(dim=1, stable=True)
+    return (tokens * mask).gather(1, order), mask.gather(1, order)
+
+
+def check_tokens(tokens: Any, mask: Any, vocabulary: int | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens and their mask, int64 `[batch, count]`, where they are.
 
     Args:
         tokens: `[batch, count]`.
@@ -165,9 +179,7 @@ def check_prompt(tokens: Any, mask: Any, vocabulary: int | None = None) -> tuple
     if bool((outside & visible).any()):
         worst = int(tokens[outside & visible][0])
         raise ArtifactError(codes.BAD_PROMPT, f"there is no token {worst}", why=f"the vocabulary has {vocabulary}")
-    order = visible.long().argsort(dim=1, stable=True)
-    tokens = tokens.long().masked_fill(~visible, 0)
-    return tokens.gather(1, order), visible.long().gather(1, order)
+    return tokens.long().masked_fill(outside, 0), visible.long()
 
 
 def _described(value: Any) -> str:

@@ -86,6 +86,7 @@ class StaticCache:
         self._outputs = [name for name in entry.signature.output_names if name not in _slot_outputs(entry.cache)]
         buffers = [each.to(device) for each in empty_slots(entry, batch, length)]
         self._buffers = dict(zip(entry.cache.inputs, buffers, strict=True))
+        self._source = dict.fromkeys(entry.cache.source, (torch.empty(0), torch.empty(0)))
         self._tokens = next(name for name in self._inputs if name not in slots)
         self.length = 0
 
@@ -99,10 +100,18 @@ class StaticCache:
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on every input that is no slot; returns every output that is none."""
-        given = {name: tensor.to(self._device) for name, tensor in tensors.items()} | self._buffers
+        given = {name: self._placed(name, tensor) for name, tensor in tensors.items()} | self._buffers
         results = self._run([*(given[name] for name in self._inputs), self.length])
         self.length += tensors[self._tokens].shape[1]
         return dict(zip(self._outputs, results, strict=True))
+
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor on the device; what an encoder made is the same in every call, and copied once."""
+        if name not in self._source:
+            return tensor.to(self._device)
+        if self._source[name][0] is not tensor:
+            self._source[name] = tensor, tensor.to(self._device)
+        return self._source[name][1]
 
 
 def _slot_outputs(cache: Cache) -> set[str]:

@@ -14,16 +14,21 @@ _LONGEST = 1 << 40
 
 def cache_to_json(cache: Cache) -> dict[str, Any]:
     """JSON-ready values."""
-    return {"length": cache.length, "slots": [[slot.input, slot.output, slot.axis] for slot in cache.slots]}
+    described: dict[str, Any] = {
+        "length": cache.length,
+        "slots": [[slot.input, slot.output, slot.axis] for slot in cache.slots],
+    }
+    return {**described, **({"source": list(cache.source)} if cache.source else {})}
 
 
 def cache_from_json(described: Any, entry: "Entry") -> Cache:
     """The inverse of `cache_to_json`, for an entry whose graph has been read.
 
     Raises:
-        ArtifactError: SPARC503 when a slot names no input or output, or an axis that they do not have.
+        ArtifactError: SPARC503 when a slot names no input or output, or an axis that they do not have, or the source
+            no input.
     """
-    found = schema.fields(described, "a cache", ["length", "slots"])
+    found = schema.fields(described, "a cache", ["length", "slots"], ["source"])
     length = schema.integer(found["length"], "a cache's length", 1)
     if length > _LONGEST:
         raise malformed(f"a cache has {length} places")
@@ -44,4 +49,7 @@ def cache_from_json(described: Any, entry: "Entry") -> Cache:
         slots.append(slot)
     if len({slot.input for slot in slots}) != len(slots) or len({slot.output for slot in slots}) != len(slots):
         raise malformed("two slots of a cache name one tensor")
-    return Cache(tuple(slots), length)
+    source = tuple(schema.text(name, "an input") for name in schema.items(found.get("source", []), "a source"))
+    if len({*source, *(slot.input for slot in slots)}) != len(source) + len(slots) or not inputs.keys() >= {*source}:
+        raise malformed("a cache's source is not of inputs of its own")
+    return Cache(tuple(slots), length, source)

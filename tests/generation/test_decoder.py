@@ -12,6 +12,7 @@ from sparc.diag import CaptureError
 from sparc.generation.decoder import Decoder, describe
 from sparc.program import Program
 from tests.generation.decoders import CONFIGS, VOCABULARY, decoder
+from tests.generation.encoder_decoders import encoder_decoder
 
 
 def captured(model: nn.Module) -> Program:
@@ -65,10 +66,10 @@ def test_training_mode_is_left_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: nn.Linear(2, 2), "no causal language model"),
-        (lambda: decoder("llama").model, "no causal language model"),
+        (lambda: nn.Linear(2, 2), "no language model"),
+        (lambda: decoder("llama").model, "no language model"),
         (lambda: _mamba(), "takes no past_key_values"),
-        (lambda: _t5(), "has an encoder"),
+        (lambda: encoder_decoder("t5"), "has an encoder"),
     ],
 )
 def test_models_without_such_a_cache_are_refused(make: Any, why: str) -> None:
@@ -80,10 +81,3 @@ def _mamba() -> Any:
     from transformers import MambaConfig, MambaForCausalLM
 
     return MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1))
-
-
-def _t5() -> Any:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
-    return T5ForConditionalGeneration(config)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparc.capture import capture
 from sparc.diag import PassError
 from sparc.driver import Driver
 from sparc.passes.equalize.classes import Classes
@@ -168,6 +169,21 @@ def test_what_leaves_the_program_is_not_rescaled() -> None:
             return x, self.b(x)
 
     assert driver(Two(), (torch.randn(2, 6),)).run(Equalize(ranges="weights")).changed == 0
+
+
+def test_sums_of_sizes_carry_no_channels() -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(x.shape[0]) + x.shape[0]
+            return self.last(x) * places[:, None]
+
+    x = torch.randn(4, 6)
+    program = capture(Places(), (x,), dynamic={"x": {0: "rows"}})
+    assert list(Classes(program, program.graph))
 
 
 def test_strength_is_a_share() -> None:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 import sparc
 from sparc.artifact import Artifact
+from sparc.capture import capture_entries
 from sparc.codegen.triton import chips
 from sparc.codegen.triton.emission import TritonEmission
 from sparc.codegen.triton.launch import make_scratch
 from sparc.codegen.triton.operator import SiteTensors
 from sparc.codegen.triton.target import TritonTarget
-from sparc.diag import SparcError
+from sparc.diag import Diagnostics, SparcError
 from sparc.encoding.int_grid import IntGrid
 from sparc.passes.activation.dynamic import QuantizeActivations
 from sparc.passes.encode import Encode
@@ -131,6 +132,23 @@ def test_estimates_are_said_to_be_estimates(language_model: Artifact) -> None:
     ratio = language_model.ledger.summary.latencies[0]
     assert ratio.pairs == 0
     assert 0.05 < ratio.median < 1
+
+
+def test_an_estimate_is_of_one_entry() -> None:
+    layer = nn.Linear(64, 64)
+    given = {"one": (torch.randn(2, 64),), "two": (torch.randn(4, 8), torch.randn(4, 8, 64))}
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            return self.layer(x) if y is None else x[:, :, None] * self.layer(y)
+
+    program = capture_entries(Two(), {name: {"example_inputs": each} for name, each in given.items()})
+    made = TritonTarget(90).emit(program, EmitContext(Diagnostics(), QUICK))
+    assert all(made.estimate(given[name], name).median > 0 for name in given)
 
 
 def test_running_without_a_gpu_is_a_remark(language_model: Artifact) -> None:
