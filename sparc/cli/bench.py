@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sparc import report_data, report_text
 from sparc.cli.output import out, print_json, say
-from sparc.cli.root import AsJson, Threads, Trust
+from sparc.cli.root import AsJson, TaskName, Threads, Trust
 from sparc.cli.sizes import Sizes, parse_sizes
 from sparc.cli.subject import Subject, load_subject, subject_inputs
 from sparc.differences import check_same_inputs
@@ -50,6 +50,7 @@ def bench(
     ] = None,
     calls: Annotated[int, typer.Option(min=5, help="How many calls of each are timed.")] = 50,
     size: Sizes = None,
+    task: TaskName = None,
     threads: Threads = None,
     trust: Trust = False,
     as_json: AsJson = False,
@@ -63,7 +64,7 @@ def bench(
         if threads is not None:
             torch.set_num_threads(threads)
         spin = vs is None  # idle threads of one session would take time from the other's
-        subjects = [load_subject(name, trust=trust, threads=threads, spin=spin) for name in named]
+        subjects = [load_subject(name, trust=trust, threads=threads, spin=spin, task=task) for name in named]
         for other in subjects[1:]:
             check_same_inputs(subjects[0].program.main.signature, other.program.main.signature)
         inputs = subject_inputs(subjects[0], subjects[-1], sizes)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from sparc import codes, report_data, report_text
 from sparc.cli.output import out, print_json, say
-from sparc.cli.root import AsJson, Threads, Trust
+from sparc.cli.root import AsJson, TaskName, Threads, Trust
 from sparc.cli.sizes import Sizes, parse_sizes
 from sparc.cli.subject import Subject, load_subject, subject_inputs
 from sparc.diag import VerifyError
@@ -36,6 +36,7 @@ def compare(
         float | None, typer.Option(help="Fail when an output needs a larger one, as rtol and atol.", show_default=False)
     ] = None,
     size: Sizes = None,
+    task: TaskName = None,
     seed: Annotated[int, typer.Option(help="Seed of random inputs, where neither has example inputs.")] = 0,
     threads: Threads = None,
     trust: Trust = False,
@@ -44,7 +45,7 @@ def compare(
     """Compare two artifacts, or an artifact and a model: outputs, and with --layers where the difference comes from."""
     sizes = parse_sizes(size or [])
     say(f"loading {first} and {second}")
-    ours, reference = (load_subject(named, trust=trust, threads=threads) for named in (first, second))
+    ours, reference = (load_subject(named, trust=trust, threads=threads, task=task) for named in (first, second))
     check_same_inputs(reference.program.main.signature, ours.program.main.signature)
     inputs = subject_inputs(reference, ours, sizes, seed)
     names = reference.program.main.signature.output_names

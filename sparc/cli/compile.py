@@ -11,7 +11,7 @@ from rich.text import Text
 from sparc import codes, files, report_data, report_text
 from sparc.artifact import Artifact, check_destination
 from sparc.cli.output import out, print_json, say
-from sparc.cli.root import MODEL_HELP, AsJson, Trust
+from sparc.cli.root import MODEL_HELP, AsJson, TaskName, Trust
 from sparc.cli.source import Source, call_lazily, load_source
 from sparc.diag import CaptureError, Severity
 from sparc.generation.attachments import GENAI_CONFIG
@@ -22,7 +22,6 @@ RecipeName = Annotated[
     str | None, typer.Option("--recipe", "-r", help="A registered recipe or a TOML file.", show_default="w8")
 ]
 TargetName = Annotated[str | None, typer.Option("--target", "-t", help="Where it will run.", show_default="onnx")]
-TaskName = Annotated[str | None, typer.Option(help="What the model is for: text-generation.", show_default=False)]
 Opset = Annotated[int | None, typer.Option(help="The opset of an onnx target.", show_default="the target's")]
 Dynamic = Annotated[
     list[str] | None,
@@ -87,7 +86,7 @@ def compile_model(
     if as_json:
         print_json({"folder": str(folder), **artifact.report.to_json()})
     else:
-        out().print(_result(artifact, saved, model, html))
+        out().print(_result(artifact, saved, model + (f" --task {wanted}" if wanted else ""), html))
 
 
 def _attach(artifact: Artifact, source: Source, genai: bool) -> None:

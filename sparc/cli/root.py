@@ -22,6 +22,9 @@ ArtifactFolder = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of the runtime.", show_default="the runtime's choice")
 ]
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="What the model is for: text-generation.", show_default=False)
+]
 MODEL_HELP = (
     "A function [bold]pkg.mod:fn[/] that returns compile's arguments, "
     "a Hugging Face folder, a .gguf file, or a .pt2 file with --trust."

@@ -13,6 +13,7 @@ from sparc.artifact import Artifact
 from sparc.capture import capture
 from sparc.cli.source import Source, load_source
 from sparc.exported import capture_exported, runnable
+from sparc.generation.task import EntryTask, prepare_task
 from sparc.inputs import example_tensors, named_inputs
 from sparc.program import Program
 from sparc.samples import bind
@@ -41,7 +42,9 @@ class Subject:
     artifact: Artifact | None = None
 
 
-def load_subject(named: str, *, trust: bool = False, threads: int | None = None, spin: bool = True) -> Subject:
+def load_subject(
+    named: str, *, trust: bool = False, threads: int | None = None, spin: bool = True, task: str | None = None
+) -> Subject:
     """An artifact's folder, or whatever PATH_OR_IMPORT names.
 
     Args:
@@ -49,6 +52,7 @@ def load_subject(named: str, *, trust: bool = False, threads: int | None = None,
         trust: whether a .pt2 file may be read.
         threads: threads of an artifact's runtime; its own choice by default.
         spin: whether idle threads of an artifact's runtime wait actively.
+        task: what a model is for; of several entries, the first is taken.
 
     Raises:
         SparcError: what loading or capturing raises.
@@ -60,7 +64,7 @@ def load_subject(named: str, *, trust: bool = False, threads: int | None = None,
         artifact.threads = threads
         run = artifact.run_flat if spin else artifact.emission.runner(threads=threads, spin=False)
         return Subject(named, artifact.target, artifact.program, run, None, artifact)
-    return _eager(named, load_source(named, trust=trust))
+    return _eager(named, load_source(named, trust=trust), task)
 
 
 def is_artifact(named: str) -> bool:
@@ -70,16 +74,25 @@ def is_artifact(named: str) -> bool:
 
 def capture_source(source: Source) -> Program:
     """The program of a model, as compile captures it."""
-    if isinstance(source.model, torch.export.ExportedProgram):
-        return capture_exported(source.model)
-    return capture(source.model, source.example_inputs, dynamic=source.dynamic)
+    return _capture(EntryTask(source.model, source.example_inputs, source.dynamic))
 
 
-def _eager(named: str, source: Source) -> Subject:
-    program = capture_source(source)
+def _capture(entry: EntryTask) -> Program:
+    if isinstance(entry.model, torch.export.ExportedProgram):
+        return capture_exported(entry.model)
+    program = capture(entry.model, entry.example_inputs, dynamic=entry.dynamic)
+    program.main.cache = entry.cache
+    return program
+
+
+def _eager(named: str, source: Source, task: str | None) -> Subject:
+    entry = EntryTask(source.model, source.example_inputs, source.dynamic)
+    if task or source.task:
+        entry = next(iter(prepare_task(str(task or source.task), source.model, None).entries.values()))
+    program = _capture(entry)
     signature = program.main.signature
-    module = runnable(source.model)
-    if not isinstance(source.model, torch.export.ExportedProgram):
+    module = runnable(entry.model)
+    if not isinstance(entry.model, torch.export.ExportedProgram):
         module.eval()
 
     def run(tensors: Sequence[Tensor]) -> list[Any]:
@@ -87,7 +100,7 @@ def _eager(named: str, source: Source) -> Subject:
             leaves = pytree.tree_leaves(module(**named_inputs(signature, tensors)))
         return [value for leaf, value in zip(signature.output_leaves, leaves, strict=True) if leaf.is_tensor]
 
-    return Subject(named, "eager torch", program, run, bind(program, source.example_inputs))
+    return Subject(named, "eager torch", program, run, bind(program, entry.example_inputs))
 
 
 def subject_inputs(first: Subject, second: Subject | None, sizes: dict[str, int], seed: int = 0) -> list[Tensor]:

@@ -64,6 +64,17 @@ def test_the_command_streams_what_generate_returns(saved: Path, capsys: pytest.C
     assert "12 new" in printed.err
 
 
+def test_an_artifact_is_compared_with_its_model(saved: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", str(saved), str(folder), "--task", "text-generation", "--json"]
+    assert run([*arguments, "--tolerance", "0.05"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in found["outputs"]} >= {"logits", "present.0.key"}
+    assert run([*arguments, "--tolerance", "1e-7"]) == 1
+    capsys.readouterr()
+    assert run(["bench", str(saved), "--vs", str(folder), "--task", "text-generation", "--calls", "5", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["timings"]) == 2
+
+
 def test_the_command_as_json(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["run", str(saved), "--chat", "-p", "Hi", "--max-new-tokens", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
