@@ -225,6 +225,7 @@ def test_every_site_of_stacked_products_is_compared() -> None:
 
 
 @pytest.mark.models
+@pytest.mark.slow
 def test_smollm2_with_a_cache_is_as_small_as_a_graph_made_by_hand() -> None:
     """Twelve operators a layer, and the angles, the mask and the ends once."""
     from transformers import LlamaForCausalLM

@@ -109,8 +109,13 @@ def test_matrices_are_read_where_they_lie(tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(found), expected, atol=EXACT)
 
 
-@pytest.mark.parametrize("recipe", ["dense", "w8", "w4"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+_SLOW = [("mixtral", "w8"), ("mixtral", "w4"), ("qwen3_moe", "dense"), ("qwen3_moe", "w4")]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("mixtral", "dense"), ("qwen3_moe", "w8"), *(pytest.param(*each, marks=pytest.mark.slow) for each in _SLOW)],
+)
 def test_families_of_transformers(name: str, recipe: str, tmp_path: Path) -> None:
     chosen = ARCHITECTURES[name]
     built = replace(chosen, options={**chosen.options, "num_hidden_layers": 1}).build().enlivened()

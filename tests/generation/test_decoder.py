@@ -14,6 +14,9 @@ from sparc.program import Program
 from tests.generation.decoders import CONFIGS, VOCABULARY, decoder
 from tests.generation.encoder_decoders import encoder_decoder
 
+_QUICK = ("llama", "mistral", "gpt2", "bloom", "qwen3_moe")
+NAMES = [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+
 
 def captured(model: nn.Module) -> Program:
     examples, dynamic, cache = describe(model)
@@ -22,7 +25,7 @@ def captured(model: nn.Module) -> Program:
     return program
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_and_cache_at_other_sizes(name: str) -> None:
     model = decoder(name)
     program, own = captured(model), Decoder(model)

@@ -34,6 +34,8 @@ from tests.generation.encoder_decoders import (
     targets,
 )
 
+NAMES = [name if name in ("t5", "bart") else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+
 
 def compiled(model: Any, target: str = "reference", recipe: str = "dense", **options: Any) -> Artifact:
     return sparc.compile(
@@ -54,7 +56,7 @@ def artifact() -> Artifact:
 
 
 # capture --------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_at_other_sizes(name: str) -> None:
     model, program = captured(name)
     for batch, length, past, count in ((1, 1, 0, 1), (3, 9, 4, 2), (1, 20, 1, 1)):
@@ -69,7 +71,7 @@ def test_logits_at_other_sizes(name: str) -> None:
         assert relative_error(expected, found) < 1e-5
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_weight_is_stored_once_under_its_own_name(name: str) -> None:
     model, program = captured(name)
     held = {name: tensor for name, tensor in program.weights.items() if tensor.numel()}
@@ -124,7 +126,8 @@ def _without_start() -> Any:
 
 # generation -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("name", "target"), [("t5", "reference"), ("t5", "onnx"), ("bart", "onnx"), ("mt5", "reference")]
+    ("name", "target"),
+    [("t5", "reference"), ("t5", "onnx"), ("bart", "onnx"), pytest.param("mt5", "reference", marks=pytest.mark.slow)],
 )
 def test_greedy_tokens_are_the_models(name: str, target: str) -> None:
     model, artifact = served(name, target)

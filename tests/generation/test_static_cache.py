@@ -55,6 +55,7 @@ def test_cutting_forgets_what_came_later() -> None:
     torch.testing.assert_close(session.feed(ids[:, 5:]), first)
 
 
+@pytest.mark.slow
 def test_generated_kernels_write_into_the_buffers() -> None:
     artifact = compiled("llama", "cuda:sm_90", "w8")
     session = artifact.session(batch=2, length=16)
