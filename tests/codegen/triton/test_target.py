@@ -29,7 +29,7 @@ from sparc.passes.encode import Encode
 from sparc.passes.recipes import prepare
 from sparc.passes.round import Round
 from sparc.target import EmitContext
-from sparc.verify import relative_error
+from tests.codegen.triton.compiled import agrees, emission, sites
 from tests.codegen.triton.models import Convolutions, Encoder, Experts, LanguageModel, build, example
 
 QUICK = {"verify_kernels": False}  # test_cubin and test_code judge machine code
@@ -45,24 +45,6 @@ def compiled(kind: type[nn.Module], recipe: Any = "w4", **options: Any) -> Artif
     model = build(kind)
     given = {"options": QUICK, "dynamic": DYNAMIC[kind], "target": "cuda:sm_90", **options}
     return sparc.compile(model, example(model), recipe=recipe, **given)
-
-
-def emission(artifact: Artifact) -> TritonEmission:
-    assert isinstance(artifact.emission, TritonEmission)
-    return artifact.emission
-
-
-def sites(artifact: Artifact) -> dict[str, Any]:
-    """The sites of the first entry by their weights' names."""
-    found = [each.site for each in emission(artifact).lowered["forward"].operators.values()]
-    return {"+".join(name.removesuffix(".weight") for name in site.names): site for site in found}
-
-
-def agrees(artifact: Artifact, *tensors: Tensor, tolerance: float = 3e-3) -> None:
-    """The kernels compute what the program computes."""
-    for expected, found in zip(artifact.program.run_flat(list(tensors)), artifact.run_flat(tensors), strict=True):
-        assert found.dtype == expected.dtype
-        assert relative_error(expected, found) < tolerance
 
 
 @pytest.fixture(scope="module")

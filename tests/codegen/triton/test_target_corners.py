@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import sparc
 from sparc.artifact import Artifact
+from tests.codegen.triton.compiled import agrees, emission, sites
 
 QUICK = {"verify_kernels": False}  # test_cubin and test_code judge machine code
 
