@@ -32,8 +32,7 @@ RECIPES = ("dense", "w8", "w4", "keep")
 
 def make_recipe(recipe: str, folder: Path) -> dict[str, Any]:
     """Compile SmolLM2 by a recipe into a folder that onnxruntime-genai reads, too; figures of compiling it."""
-    from sparc.generation.attachments import GENAI_CONFIG
-    from sparc.generation.genai import genai_config
+    from sparc.generation.genai import attach_genai
     from sparc.generation.text import attach_tokenizer
 
     started = time.perf_counter()
@@ -43,7 +42,7 @@ def make_recipe(recipe: str, folder: Path) -> dict[str, Any]:
     artifact = sparc.compile(model, task="text-generation", recipe=recipe, target="onnx", measure=False)
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     attach_tokenizer(artifact, smollm2.chat_tokenizer())
-    artifact.attachments[GENAI_CONFIG] = genai_config(artifact)
+    attach_genai(artifact)
     artifact.save(folder)
     summary = artifact.ledger.summary
     return {

@@ -10,11 +10,11 @@ import onnx
 from torch import Tensor
 
 from sparc import codes
-from sparc.cache import Cache
+from sparc.cache import LOGITS, Cache
 from sparc.codegen.onnx.check import check_model, check_parity
 from sparc.codegen.onnx.cuda import uncovered
 from sparc.codegen.onnx.runtime import NO_SPIN, OnnxRunner, has_cuda
-from sparc.codegen.onnx.session import CacheSession
+from sparc.codegen.onnx.session import CacheSession, keeps_cache_in_place
 from sparc.codegen.onnx.store import part_of, raw_bytes, read_by, stored_name
 from sparc.diag import ArtifactError
 from sparc.program import Program
@@ -91,6 +91,20 @@ class OnnxEmission:
         name = entry or next(iter(self.models))
         runner = OnnxRunner(self.models[name], self._by_name(), threads=threads)
         return CacheSession(runner, self.models[name], self.caches[name], batch, length)
+
+    def shares_cache(self, entry: str) -> bool:
+        """Whether past and present may be one buffer of a fixed length."""
+        return entry in self.caches and keeps_cache_in_place(self.models[entry], self.caches[entry])
+
+    def declare_one_place(self, entry: str) -> None:
+        """State in the model that logits have one place, as they do where `logits_to_keep` is left out: runtimes that
+        make room for results before they run go by that.
+        """
+        for output in self.models[entry].graph.output:
+            if output.name == LOGITS:
+                place = output.type.tensor_type.shape.dim[1]
+                place.Clear()
+                place.dim_value = 1
 
     def check(
         self, program: Program, inputs: Mapping[str, Sequence[Tensor]], reference: Mapping[str, Mapping[str, Tensor]]

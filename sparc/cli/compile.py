@@ -14,8 +14,7 @@ from sparc.cli.output import out, print_json, say
 from sparc.cli.root import MODEL_HELP, AsJson, TaskName, Trust
 from sparc.cli.source import Source, call_lazily, load_source
 from sparc.diag import CaptureError, Severity
-from sparc.generation.attachments import GENAI_CONFIG
-from sparc.generation.genai import genai_config
+from sparc.generation.genai import attach_genai
 
 Folder = Annotated[Path | None, typer.Option("--out", "-o", help="The artifact's folder.", show_default=False)]
 RecipeName = Annotated[
@@ -92,7 +91,7 @@ def compile_model(
 def _attach(artifact: Artifact, source: Source, genai: bool) -> None:
     artifact.attachments.update(source.attachments or {})
     if genai:
-        artifact.attachments[GENAI_CONFIG] = genai_config(artifact)
+        attach_genai(artifact)
 
 
 def _check_folder(folder: Path | None, dry_run: bool) -> None:

@@ -6,13 +6,26 @@ from sparc import codes
 from sparc.cache import LOGITS, MASK, POSITIONS, TOKENS
 from sparc.diag import LoweringError
 from sparc.generation.artifact import cached_entry, vocabulary
-from sparc.generation.attachments import CONFIG, SETTINGS, attached_json
+from sparc.generation.attachments import CONFIG, GENAI_CONFIG, SETTINGS, attached_json
 from sparc.serialize import schema
 
 if TYPE_CHECKING:
     from sparc.artifact import Artifact
 
 _PAST, _PRESENT = "past_key_values.%d.{}", "present.%d.{}"
+
+
+def attach_genai(artifact: "Artifact") -> None:
+    """Make an artifact's folder one that onnxruntime-genai loads as it is; call it before `save`.
+
+    That runtime makes room for the logits before it runs, so the model states that they have one place.
+
+    Raises:
+        ArtifactError: SPARC513 when it does not generate.
+        LoweringError: SPARC509 when its target is not ONNX, or the model has an encoder.
+    """
+    artifact.attachments[GENAI_CONFIG] = genai_config(artifact)
+    artifact.emission.declare_one_place(cached_entry(artifact)[0])  # type: ignore[attr-defined]
 
 
 def genai_config(artifact: "Artifact") -> bytes:

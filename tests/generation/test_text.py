@@ -104,6 +104,21 @@ def test_genai_settings_describe_the_model(saved: Path) -> None:
     assert found["model"]["decoder"]["filename"] == "model.onnx"
 
 
+def test_genai_generates_the_same_tokens(saved: Path) -> None:
+    import onnxruntime_genai as genai
+
+    model = genai.Model(str(saved))
+    prompt = read_tokenizer(sparc.load(saved)).encode("Sparse").ids
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + 10, min_length=len(prompt) + 10, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    for _ in range(10):
+        generator.generate_next_token()
+    expected = sparc.load(saved).generate(torch.tensor([prompt]), max_new_tokens=10, eos_token_id=[])
+    assert list(generator.get_sequence(0)) == expected[0].tolist()
+
+
 def test_genai_needs_an_onnx_target(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compile", str(folder), "-r", "dense", "-t", "reference", "--genai", "--no-measure"]
     assert run([*arguments, "-o", str(tmp_path / "out")]) == 1
