@@ -35,6 +35,7 @@ def test_the_tokenizer_comes_along(checkpoint):
     assert checkpoint.tokenizer.encode(text).ids == smollm2.load_tokenizer().encode(text).ids
 
 
+@pytest.mark.slow
 def test_keep_in_onnx(checkpoint, model):
     ids = smollm2.calibration_tokens(4)[:1, :64]
     artifact = sparc.compile(
