@@ -34,6 +34,7 @@ def _language() -> dict[str, Steps]:
     found |= {
         "2:4, magnitude": _inner(Prune(NM(2, 4))),
         "2:4, Wanda": _inner(Prune(NM(2, 4), importance="data")),
+        "2:4, SparseGPT": _inner(Round(NM(2, 4), method="gptq")),
         "2:4 and int4, SparseGPT and GPTQ in one sweep": _inner(
             Round(NM(2, 4, of=_grid(4)), search=True, importance="data", method="gptq")
         ),
