@@ -22,7 +22,7 @@ def _grid(bits: int) -> IntGrid:
     return IntGrid(bits, group=64, symmetric=False)
 
 
-def _language() -> dict[str, Steps]:
+def _transformer() -> dict[str, Steps]:
     found: dict[str, Steps] = {"float32": ()}
     for bits in (4, 3, 2):
         found |= {
@@ -42,4 +42,8 @@ def _language() -> dict[str, Steps]:
     return found
 
 
-LINES: Mapping[str, Mapping[str, Steps]] = {"smollm2": _language(), "minilm": {}, "efficientnet": {}}
+LINES: Mapping[str, Mapping[str, Steps]] = {
+    "smollm2": _transformer(),
+    "minilm": _transformer(),
+    "efficientnet": {},
+}
