@@ -47,3 +47,6 @@ LINES: Mapping[str, Mapping[str, Steps]] = {
     "minilm": _transformer(),
     "efficientnet": {},
 }
+
+SCALE = _inner(Round(NM(2, 4, of=_grid(4)), method="gptq"))
+"""Pruning and rounding in one sweep."""

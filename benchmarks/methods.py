@@ -3,6 +3,7 @@
     python -m benchmarks.methods list
     python -m benchmarks.methods run smollm2                       # every line of a model
     python -m benchmarks.methods run smollm2 "int3, GPTQ" ...      # some of them
+    python -m benchmarks.methods scale                             # seconds and memory of 128 windows of 512 tokens
     python -m benchmarks.methods page                              # writes the tables of docs/methods.md
 
 Lines are recipes behind the canonical program; what they make is run in eager torch, on text, sentences and images that
@@ -18,10 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 
-from benchmarks.method_lines import LINES
-from benchmarks.results import FOLDER, save
+from benchmarks.method_lines import LINES, SCALE
+from benchmarks.results import FOLDER, peak_bytes, save
 from examples.models import efficientnet, evaluate, minilm, smollm2, smollm2_twin
 from sparc.api import registry, run_steps
 from sparc.capture import capture
@@ -103,6 +105,23 @@ def run(model: str, names: list[str] | None = typer.Argument(None)) -> None:  # 
         figures = {**figures, "share": stored_bytes(driver.program) / program.weights.nbytes, "seconds": seconds}
         _keep(model, name, figures)
         typer.echo(f"{model}: {name}: " + ", ".join(f"{key} {value:.5g}" for key, value in figures.items()))
+
+
+@app.command()
+def scale(windows: int = 128, length: int = 512) -> None:
+    """Prune to 2:4 and round to 4 bits in one sweep, on random tokens: seconds and memory."""
+    generator = torch.Generator().manual_seed(0)
+    loaded = peak_bytes()
+    given = smollm2.smollm2()
+    program = capture(given["model"], given["example_inputs"], dynamic=given["dynamic"])
+    ids = torch.randint(0, 49152, (windows, length), generator=generator)
+    samples = Samples({"forward": [[ids[:1, :64]]]}, {"forward": [[each] for each in ids.split(4)]}, synthetic=False)
+    started = time.perf_counter()
+    run_steps(Driver(program, samples, verify="types"), resolve_recipe((*prepare(), *SCALE), registry()))
+    figures = {"seconds": time.perf_counter() - started, "peak bytes": peak_bytes() - loaded}
+    figures |= {"weights": program.weights.nbytes, "block inputs": windows * length * 576 * 4}
+    save("methods-scale", {"windows": windows, "length": length, **figures})
+    typer.echo(", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
 
 def _call(program: Program, **inputs: Any) -> Any:
