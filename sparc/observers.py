@@ -90,6 +90,25 @@ class AbsMax(Observer):
         return self.value
 
 
+class AbsMean(Observer):
+    """`absmean`: the mean magnitude of each channel, `[channels]` float64."""
+
+    count = 0
+    total: Tensor | None = None
+
+    def _add(self, value: Tensor) -> None:
+        """Accumulate in float64."""
+        rows = self.by_channel(value)
+        found = rows.abs().sum(0, dtype=torch.float64)
+        self.total = found if self.total is None else self.total + found
+        self.count += rows.shape[0]
+
+    def result(self) -> Tensor:
+        """`[channels]`."""
+        assert self.total is not None
+        return self.total / self.count
+
+
 class Moments(Observer):
     """`moments`: mean and mean square of each channel, `[2, channels]` float64."""
 
@@ -298,6 +317,7 @@ class Batches(Observer):
 KINDS: dict[str, type[Observer]] = {
     "range": Range,
     "absmax": AbsMax,
+    "absmean": AbsMean,
     "moments": Moments,
     "histogram": Histogram,
     "rows": Rows,

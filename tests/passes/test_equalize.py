@@ -124,6 +124,36 @@ def test_full_strength_gives_every_channel_the_same_range() -> None:
     assert torch.allclose(largest, largest[:1].expand_as(largest), rtol=1e-4)
 
 
+def test_strength_zero_makes_the_columns_alike() -> None:
+    _, _, chosen = equalized("norms", Equalize(0.0))
+    read = torch.cat([chosen.program.weights[name] for name in ("gate.weight", "up.weight")]).abs().amax(0)
+    assert torch.allclose(read, read[:1].expand_as(read), rtol=1e-4)
+
+
+def test_half_precision_is_checked_before_rounding() -> None:
+    torch.manual_seed(0)
+    chosen = driver(Norms().eval().to(torch.bfloat16), (torch.randn(2, 5, 12, dtype=torch.bfloat16),))
+    row = chosen.run(Equalize())
+    assert row.matches == 2
+    assert row.measured["end to end, float64"] < 1e-9
+
+
+def test_gains_of_multiplications_are_writers() -> None:
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.last = nn.Parameter(torch.logspace(-1, 1, 12)), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.gain * nn.functional.rms_norm(x, (12,)))
+
+    model, x = Gain(), torch.randn(5, 12)
+    chosen = driver(model, (x,))
+    assert chosen.run(Equalize()).matches == 1
+    assert not torch.equal(chosen.program.weights["gain"], model.gain.detach())
+    assert torch.allclose(chosen.program.run(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_factors_by_hand() -> None:
     found = factors(torch.tensor([4.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 4.0, 1.0, 0.0]), 0.5)
     assert found.tolist() == pytest.approx([0.5, 2.0, 1.0, 1.0])
