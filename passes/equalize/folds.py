@@ -52,7 +52,8 @@ def class_fold(program: Program, found: ChannelClass) -> ChannelFold:
 
 def rescalable(program: Program, selected: Iterable[fx.Node]) -> tuple[list[ChannelClass], dict[fx.Node, str]]:
     """The classes that some of the selected products read and that can be rescaled; why the others' input cannot be."""
-    chosen, classes, refused = set(selected), [], {}
+    chosen, classes = set(selected), []
+    refused: dict[fx.Node, str] = {}
     for entry in program.entries.values():
         found = Classes(program, entry.graph)
         refused.update((node, why) for node, why in found.closed.items() if node in chosen)

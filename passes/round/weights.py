@@ -114,9 +114,11 @@ class Round(Pass):
             why = _unsuitable(program, site, encoding)
             if why:
                 context.skip(site.weight, why, site.location)
-            elif context.edit() and self.method == "gptq":
+            elif not context.edit():
+                break
+            elif self.method == "gptq":
                 self._sweep(program, site, context)
-            elif context.edit():
+            else:
                 importance = column_importance(program, site, context) if self.needs else None
                 rounded.append(Rounded(site, program.weights.record(site.weight), importance))
                 self._round(program, rounded[-1], self.encoding)
