@@ -286,6 +286,30 @@ def test_the_gram_matrix_says_what_a_change_does_to_the_output(name: str) -> Non
     torch.testing.assert_close(reconstruction_error(matrix, gram).flatten(), expected, rtol=1e-4, atol=1e-6)
 
 
+class Runs(nn.Module):
+    """Runs of rows, each times its own matrix; one has no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 10, 16))
+        self.register_buffer("ends", torch.tensor([20, 20, 50, 60]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.ops.sparc.grouped_linear(x, self.experts, self.ends)
+        return result
+
+
+def test_each_expert_is_swept_on_its_own_rows() -> None:
+    """One without any counts all rows."""
+    torch.manual_seed(0)
+    model, x = Runs(), torch.cat([correlated(30, 16, seed) for seed in range(2)])
+    weight, step = model.experts.detach(), gptq(activation_order=False)  # experts share the order
+    found = after(model, x, step).program.weights["experts"]
+    for expert, rows in enumerate((slice(0, 20), slice(0, 60), slice(20, 50), slice(50, 60))):
+        expected = after(linear(weight[expert]), x[rows], step).program.weights["weight"]
+        torch.testing.assert_close(found[expert], expected)
+
+
 # with other steps -----------------------------------------------------------------------------------------------------
 def test_later_layers_are_swept_on_what_earlier_ones_now_write() -> None:
     """The end-to-end error of two layers falls, not only each layer's own."""

@@ -125,6 +125,19 @@ def thin_experts() -> nn.Module:
     return model
 
 
+class Runs(nn.Module):
+    """Runs of rows, each times its own matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.stack([thin(10, 16, rank=2, seed=seed) for seed in range(3)]))
+        self.register_buffer("ends", torch.tensor([4, 9, 12]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.ops.sparc.grouped_linear(x, self.experts, self.ends)
+        return result
+
+
 def convolution(kind: type[nn.Module], *shape: int, **options: Any) -> nn.Module:
     """A convolution whose weight `[out, in / groups, *kernel]` has rank 2 in each group."""
     groups = options.get("groups", 1)
@@ -140,6 +153,7 @@ PRODUCTS = {
     "no bias": (lambda: linear(thin(16, 20), bias=False), (5, 20), 3, 1),
     "products": (Products, (5, 16), 3, 3),
     "experts": (thin_experts, (5, 12), 2, 2),
+    "runs": (Runs, (12, 16), 2, 1),
     "conv1d": (lambda: convolution(nn.Conv1d, 8, 6, 3, padding=1), (2, 6, 9), 2, 1),
     "conv2d": (lambda: convolution(nn.Conv2d, 8, 6, 3, 2, stride=(2, 1), padding=(1, 0)), (2, 6, 9, 7), 2, 1),
     "conv3d": (lambda: convolution(nn.Conv3d, 8, 2, 2, 2, 2, dilation=2, bias=False), (1, 2, 5, 5, 5), 2, 1),
