@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparc.capture import capture
 from sparc.diag import PassError
 from sparc.driver import Driver
 from sparc.encoding.int_grid import IntGrid
@@ -192,6 +193,15 @@ class Attention(nn.Module):
         if not self.merged:
             mixed = mixed if self.swapped else mixed.transpose(1, 2)
         return self.out(mixed.reshape(x.shape[0], -1, 8))
+
+
+def test_sizes_may_be_dynamic() -> None:
+    torch.manual_seed(0)
+    ids = example()[0]
+    program = capture(Decoder(), (ids,), dynamic={"ids": {0: "batch", 1: "tokens"}})
+    assert [fold.size for fold in value_folds(program)] == [2 * HEAD]
+    program = capture(Attention(), (torch.randn(2, 2, 8),), dynamic={"x": {0: "batch", 1: "places"}})
+    assert [fold.size for fold in value_folds(program)] == [8]
 
 
 def test_values_may_be_written_beside_queries_and_keys() -> None:

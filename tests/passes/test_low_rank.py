@@ -17,6 +17,7 @@ from sparc.passes.low_rank import LowRank
 from sparc.passes.low_rank.decompose import decompose
 from sparc.passes.round import Round
 from sparc.passes.second_order.factor import factor
+from sparc.testing import assert_pass
 from tests.passes.models import Experts, Tied, driver
 
 aten = torch.ops.aten
@@ -175,6 +176,17 @@ def test_a_weight_of_that_rank_loses_nothing(name: str, method: Any) -> None:
     assert row.bytes_after < row.bytes_before
     torch.testing.assert_close(chosen.program.run(x), model(x).detach(), rtol=1e-3, atol=1e-3)
     assert chosen.run(LowRank(rank=1, method=method)).changed == 0  # factors are not split again
+
+
+@pytest.mark.parametrize("beside", [None, IntGrid(4, 8)], ids=str)
+@pytest.mark.parametrize("name", ["linear", "products", "conv2d"])
+def test_the_whole_contract(name: str, beside: Encoding | None) -> None:
+    """Types, storing, and another size of a dynamic dimension."""
+    make, shape, _, _ = PRODUCTS[name]
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(*shape)
+    argument = "x" if name == "products" else "input"
+    assert_pass(LowRank(rank=1, beside=beside), model, (x,), dynamic={argument: {0: "batch"}})
 
 
 def test_convolutions_along_their_axes() -> None:
