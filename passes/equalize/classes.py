@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from sparc.analysis.features import packet
+from sparc.analysis.values import tensor_type
 from sparc.program import Program, is_weight, weight_nodes
 
 aten = torch.ops.aten
@@ -152,7 +153,8 @@ class Classes:
         if not isinstance(x, fx.Node) or x not in self._of or node.all_input_nodes != [x]:
             return False
         found, axis = self._of[x]
-        if not node.meta["val"].is_floating_point():
+        kind = tensor_type(node)
+        if kind is None or not kind.is_floating_point():
             return False
         if not (packet(node) in _POINTWISE or (packet(node) in _SPATIAL and axis == 1) or _keeps_channels(node, axis)):
             return False

@@ -218,6 +218,35 @@ def test_sums_of_sizes_carry_no_channels() -> None:
     assert list(Classes(program, program.graph))
 
 
+def test_pieces_freeze_what_they_are_pieces_of() -> None:
+    class Pieces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.last = nn.Linear(6, 12), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.both(x).split(6, -1)
+            return self.last(first + second)
+
+    row = driver(Pieces(), (torch.randn(2, 6),)).run(Equalize(ranges="weights"))
+    assert row.changed == 0
+    assert "last" in {skip.where for skip in row.skips}
+
+
+def test_copies_to_integers_freeze_what_they_copy() -> None:
+    class Copy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.first(x)
+            return self.last(x.to(torch.float64).to(torch.float32)), x.to(torch.int32)
+
+    row = driver(Copy(), (torch.randn(2, 6),)).run(Equalize(ranges="weights"))
+    assert row.changed == 0
+
+
 def test_strength_is_a_share() -> None:
     with pytest.raises(PassError, match="SPARC209"):
         Equalize(1.5)
