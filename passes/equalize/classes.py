@@ -1,9 +1,9 @@
 """Channel classes: values that can only be rescaled together, channel by channel.
 
-A *writer* (linear, convolution, gain of a norm or of a multiplication) starts a class for what it writes. Operators
-that commute with a positive factor per channel (relu, add, pooling, ...) pass it on, joining the classes of what they
-add. A *reader* (linear, convolution) ends it: the factor can be undone in its columns. Whatever else reads a value
-freezes its class.
+A *writer* (linear or a piece of one, convolution, gain of a norm or of a multiplication) starts a class for what it
+writes. Operators that commute with a positive factor per channel (relu, add, pooling, ...) pass it on, joining the
+classes of what they add. A *reader* (linear, convolution) ends it: the factor can be undone in its columns. Whatever
+else reads a value freezes its class.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from sparc.analysis.features import packet
 from sparc.analysis.values import tensor_type
+from sparc.passes.rotate.heads import piece_of
 from sparc.program import Program, is_weight, weight_nodes
 
 aten = torch.ops.aten
@@ -34,7 +35,7 @@ class ChannelClass:
     Args:
         size: how many channels.
         values: the values, with the axis of their channels.
-        writers: the products, norms and multiplications that write them.
+        writers: the products, pieces of products, norms and multiplications that write them.
         readers: the products that read them.
         frozen: why they cannot be rescaled; empty when they can.
     """
@@ -84,6 +85,8 @@ class Classes:
             self._join(node)
         elif kind in (aten.mul, aten.div):
             self._factor(node)
+        elif (part := piece(node)) is not None and self._owns(part[0]):
+            self._start(node, -1)
         elif not self._pass_on(node):
             self._freeze(node, node.all_input_nodes)
 
@@ -184,14 +187,35 @@ class Classes:
         return True
 
 
+def piece(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The linear layer whose result a node is a piece of, and the piece's first channel, when nothing but the division
+    into pieces reads that result; None for other nodes.
+    """
+    pieces = node.args[0] if getattr(node.target, "__name__", "") == "getitem" else None
+    found = piece_of(node, pieces) if isinstance(pieces, fx.Node) else None
+    if found is None or packet(found[1]) is not aten.linear or list(found[1].users) != [pieces]:
+        return None
+    again = [user for user in pieces.users if user.args[1] == node.args[1]]  # type: ignore[union-attr]
+    return (found[1], found[0]) if again == [node] else None
+
+
 def written(writer: fx.Node) -> list[Any]:
     """What a writer multiplies or adds for each channel: the weight and bias of a product, the gain and shift of a
-    norm, the vector of a multiplication.
+    norm, the vector of a multiplication. Of a piece, those of the whole.
     """
+    part = piece(writer)
+    if part is not None:
+        writer = part[0]
     if packet(writer) is aten.mul:
         return [each for each in writer.args if is_weight(each)]
     positions = NORMS.get(packet(writer), (1, 2))
     return [weight for position in positions if (weight := _argument(writer, position)) is not None]
+
+
+def first_row(writer: fx.Node) -> int:
+    """The row of its weights that writes the first channel."""
+    part = piece(writer)
+    return 0 if part is None else part[1]
 
 
 def _argument(node: fx.Node, position: int) -> Any:

@@ -11,7 +11,7 @@ from sparc import codes
 from sparc.contract import Bounded
 from sparc.diag import PassError
 from sparc.pass_base import Pass, PassContext, Stage
-from sparc.passes.equalize.classes import ChannelClass, written
+from sparc.passes.equalize.classes import ChannelClass, first_row, written
 from sparc.passes.equalize.folds import class_fold, rescalable, rescale
 from sparc.passes.rotate.weights import Store, name_of
 from sparc.program import Program
@@ -83,7 +83,7 @@ class Equalize(Pass):
 
     def _range(self, program: Program, found: ChannelClass, context: PassContext) -> Tensor | None:
         if self.ranges == "weights":
-            return torch.stack([_written(program, writer) for writer in found.writers]).amax(0)
+            return torch.stack([_written(program, writer, found.size) for writer in found.writers]).amax(0)
         if context.statistics is None:
             return None
         seen = [context.statistics(value, f"absmax:{axis}") for value, axis in found.values.items()]
@@ -117,7 +117,8 @@ def columns(program: Program, found: ChannelClass) -> Tensor:
     return torch.stack(largest).amax(0)
 
 
-def _written(program: Program, writer: fx.Node) -> Tensor:
-    """`[channels]`: the largest weight that writes each channel, and its bias."""
+def _written(program: Program, writer: fx.Node, size: int) -> Tensor:
+    """`[size]`: the largest weight that writes each channel, and its bias."""
     known = [program.weights[name_of(weight)].double().abs() for weight in written(writer)]
-    return torch.stack([weight.reshape(weight.shape[0], -1).amax(1) for weight in known]).amax(0)
+    largest = torch.stack([weight.reshape(weight.shape[0], -1).amax(1) for weight in known]).amax(0)
+    return largest[first_row(writer) :][:size]

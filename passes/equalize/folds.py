@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from sparc.analysis.features import carried_axis, packet, reads_shape_only
 from sparc.analysis.values import shape_of
-from sparc.passes.equalize.classes import ChannelClass, Classes, written
+from sparc.passes.equalize.classes import ChannelClass, Classes, first_row, written
 from sparc.passes.fold.norm import bias_of, uses, weight_reason
 from sparc.passes.rotate.heads import Heads, find_heads
 from sparc.passes.rotate.weights import Refusal, Store, name_of
@@ -42,7 +42,7 @@ class ChannelFold:
 
 def class_fold(program: Program, found: ChannelClass) -> ChannelFold:
     """The fold of a class that is not frozen."""
-    rows = [(name_of(weight), 0) for writer in found.writers for weight in written(writer)]
+    rows = [(name_of(weight), first_row(writer)) for writer in found.writers for weight in written(writer)]
     columns = []
     for reader in found.readers:
         width = program.weights[name_of(reader.args[1])].shape[1]

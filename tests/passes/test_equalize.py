@@ -1,5 +1,7 @@
 """Equalisation: the function stays, channels get alike ranges, and what cannot be moved through stays where it is."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -218,19 +220,43 @@ def test_sums_of_sizes_carry_no_channels() -> None:
     assert list(Classes(program, program.graph))
 
 
-def test_pieces_freeze_what_they_are_pieces_of() -> None:
-    class Pieces(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.both, self.last = nn.Linear(6, 12), nn.Linear(6, 4)
+class Packed(nn.Module):
+    """A gated layer whose two branches are written side by side.
 
-        def forward(self, x: Tensor) -> Tensor:
-            first, second = self.both(x).split(6, -1)
-            return self.last(first + second)
+    Args:
+        twice: read the whole as well.
+    """
 
-    row = driver(Pieces(), (torch.randn(2, 6),)).run(Equalize(ranges="weights"))
-    assert row.changed == 0
-    assert "last" in {skip.where for skip in row.skips}
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.both, self.last, self.twice = nn.Linear(6, 20), nn.Linear(10, 4), twice
+        with torch.no_grad():
+            self.both.weight.copy_(uneven(20, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.both(x)
+        gate, up = whole.chunk(2, -1)
+        result = self.last(nn.functional.silu(gate) * up)
+        return result + whole.sum() if self.twice else result
+
+
+@pytest.mark.parametrize("ranges", ["data", "weights"])
+def test_pieces_of_a_layer_are_writers(ranges: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Packed(), torch.randn(7, 6)
+    chosen = driver(model, (x,))
+    row = chosen.run(Equalize(ranges=ranges))
+    assert row.matches == 1
+    assert row.measured["end to end, float64"] < 1e-9
+    after = chosen.program.weights
+    assert torch.equal(after["both.weight"][:10], model.both.weight[:10])
+    assert not torch.isclose(after["both.weight"][10:], model.both.weight[10:]).any()
+    assert torch.allclose(chosen.program.run(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_pieces_of_what_is_read_as_a_whole_stay() -> None:
+    torch.manual_seed(0)
+    assert driver(Packed(twice=True), (torch.randn(7, 6),)).run(Equalize(ranges="weights")).changed == 0
 
 
 def test_copies_to_integers_freeze_what_they_copy() -> None:
