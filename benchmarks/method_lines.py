@@ -27,16 +27,16 @@ def _transformer() -> dict[str, Steps]:
     for bits in (4, 3, 2):
         found |= {
             f"int{bits}, to nearest": _inner(Round(_grid(bits))),
-            f"int{bits}, to nearest, searched": _inner(Round(_grid(bits), search=True, importance="data")),
+            f"int{bits}, to nearest, searched": _inner(Round(_grid(bits), fit="search", importance="data")),
             f"int{bits}, GPTQ": _inner(Round(_grid(bits), method="gptq")),
-            f"int{bits}, GPTQ, searched": _inner(Round(_grid(bits), search=True, importance="data", method="gptq")),
+            f"int{bits}, GPTQ, searched": _inner(Round(_grid(bits), fit="search", importance="data", method="gptq")),
         }
     found |= {
         "2:4, magnitude": _inner(Prune(NM(2, 4))),
         "2:4, Wanda": _inner(Prune(NM(2, 4), importance="data")),
         "2:4, SparseGPT": _inner(Round(NM(2, 4), method="gptq")),
         "2:4 and int4, SparseGPT and GPTQ in one sweep": _inner(
-            Round(NM(2, 4, of=_grid(4)), search=True, importance="data", method="gptq")
+            Round(NM(2, 4, of=_grid(4)), fit="search", importance="data", method="gptq")
         ),
     }
     return found

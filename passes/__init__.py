@@ -22,6 +22,7 @@ def extension() -> Extension:
     from sparc.passes.cut.merge_blocks import MergeBlocks
     from sparc.passes.decode import Decode
     from sparc.passes.encode import Encode
+    from sparc.passes.equalize.awq import Awq
     from sparc.passes.equalize.equalize import Equalize
     from sparc.passes.equalize.smooth import Smooth
     from sparc.passes.fold import (
@@ -33,6 +34,7 @@ def extension() -> Extension:
         fold_shared,
         fold_table,
     )
+    from sparc.passes.low_rank import LowRank
     from sparc.passes.prune import Prune
     from sparc.passes.recipes import recipes
     from sparc.passes.rotate import Rotate
@@ -52,7 +54,7 @@ def extension() -> Extension:
     stacks = (coalesce_parallel, stack_projections)
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, *stacks)
     cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks)
-    moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Prune)
+    moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Awq, LowRank, Prune)
     activations = (SplitMinimum, QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, *cuts, *moves, Round, Compensate, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())
