@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
 from sparc.pass_base import Pass
+from sparc.passes.equalize.awq import Awq
 from sparc.passes.prune import Prune
+from sparc.passes.rotate import Rotate
 from sparc.passes.round import Round
 from sparc.recipe import Step
 
@@ -22,14 +24,21 @@ def _grid(bits: int) -> IntGrid:
     return IntGrid(bits, group=64, symmetric=False)
 
 
+def _swept(bits: int) -> Round:
+    return Round(_grid(bits), fit="search", importance="data", method="gptq")
+
+
 def _transformer() -> dict[str, Steps]:
     found: dict[str, Steps] = {"float32": ()}
     for bits in (4, 3, 2):
         found |= {
             f"int{bits}, to nearest": _inner(Round(_grid(bits))),
             f"int{bits}, to nearest, searched": _inner(Round(_grid(bits), fit="search", importance="data")),
+            f"int{bits}, AWQ": _inner(Awq(_grid(bits)), Round(_grid(bits), fit="search", importance="data")),
             f"int{bits}, GPTQ": _inner(Round(_grid(bits), method="gptq")),
-            f"int{bits}, GPTQ, searched": _inner(Round(_grid(bits), fit="search", importance="data", method="gptq")),
+            f"int{bits}, GPTQ, searched": _inner(_swept(bits)),
+            f"int{bits}, AWQ, GPTQ, searched": _inner(Awq(_grid(bits)), _swept(bits)),
+            f"int{bits}, rotated, GPTQ, searched": (Rotate(), *_inner(_swept(bits))),
         }
     found |= {
         "2:4, magnitude": _inner(Prune(NM(2, 4))),
