@@ -191,7 +191,7 @@ class Attention(nn.Module):
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         if not self.merged:
-            mixed = mixed if self.swapped else mixed.transpose(1, 2)
+            mixed = mixed.transpose(1, 2)
         return self.out(mixed.reshape(x.shape[0], -1, 8))
 
 
