@@ -273,13 +273,15 @@ def test_only_selected_weights_count() -> None:
     assert torch.equal(chosen.program.weights["norm.weight"], model.norm.weight.detach())
 
 
-def test_rounded_weights_are_left_alone() -> None:
+def test_rounded_weights_keep_their_grids() -> None:
+    """Also those that only share an input, or its writer, with what would be rescaled."""
     model, x = layers()
     chosen = driver(model, (x,))
-    chosen.run(Round(SPEC))
+    chosen.run(Round(SPEC), "left", lambda site: site.weight == "left.weight")
     row = chosen.run(AWQ)
     assert row.changed == 0
-    assert any("rounded already" in skip.why for skip in row.skips)
+    assert chosen.program.grid("left.weight") is not None
+    assert [skip.why for skip in row.skips] == ["what writes or reads its input is rounded already"] * 2
 
 
 def test_tied_weights_are_left_alone() -> None:
