@@ -152,8 +152,7 @@ def test_the_function_stays(dtype: torch.dtype) -> None:
 
 
 # where factors go -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
+@pytest.mark.parametrize(("norm", "bias"), [(nn.RMSNorm, False), (nn.LayerNorm, True)])
 def test_a_decoder_takes_them_in_five_places(norm: Any, bias: bool) -> None:
     torch.manual_seed(0)
     model = Decoder(norm, bias).eval()
