@@ -79,6 +79,9 @@ class Awq(Pass):
         found: list[tuple[ChannelFold | InputGroup, Tensor]] = []
         known = _uses(program, context)
         for place in self._candidates(program, context):
+            if isinstance(place, ChannelFold) and any(program.grid(name) is not None for name in place.weights):
+                context.skip(place.readers[0], "what writes or reads its input is rounded already")
+                continue
             readers = [_reader(program, *each, context) for each in _reads(place, known)]
             factor = self._factor(readers, place, context)
             if factor is not None:
@@ -192,9 +195,7 @@ def _reads(
 
 
 def _reader(program: Program, site: Site, use: Use, channels: Tensor, context: PassContext) -> Reader | str:
-    """A weight and what it reads; or why its error is not known."""
-    if program.grid(site.weight) is not None:
-        return "its weight is rounded already"
+    """A weight that is not rounded yet, and what it reads; or why its error is not known."""
     assert context.statistics is not None
     magnitude, rows = (context.statistics(use.input, kind) for kind in ("absmean", "rows"))
     if magnitude is None or rows is None:

@@ -39,6 +39,11 @@ class ChannelFold:
         """The products."""
         return tuple(node for node, _ in self.columns)
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """All weights and biases that rescaling changes."""
+        return (*(name for name, _ in self.rows), *(name_of(node.args[1]) for node in self.readers))
+
 
 def class_fold(program: Program, found: ChannelClass) -> ChannelFold:
     """The fold of a class that is not frozen."""

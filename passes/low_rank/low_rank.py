@@ -128,16 +128,18 @@ class LowRank(Pass):
         use = site.uses[0]
         if len(site.uses) > 1:
             return f"it is read {len(site.uses)} times"
-        if use.operator not in OPERATORS or use.node.kwargs:
+        if use.operator not in OPERATORS:
             return f"{use.operator} is not split"
+        if use.node.kwargs:
+            return f"its product has {', '.join(use.node.kwargs)} as options"
         if program.weights[site.weight].dtype not in _FLOATS:
             return f"its dtype is {str(program.weights[site.weight].dtype).removeprefix('torch.')}"
         if program.grid(site.weight) is not None:
             return "it is rounded already"
         if is_factor(program, site, products):
             return "it is a factor of low rank"
-        if self.spatial:
-            return why_not_spatially(use)
+        if self.spatial and (why := why_not_spatially(use)):
+            return why
         shape = site.view.matrix_shape(program.weights[site.weight].shape)
         return (self._encoding(program, site).accepts(shape) or "") if self.beside is not None else ""
 

@@ -200,6 +200,10 @@ def test_convolutions_along_their_axes() -> None:
     assert chosen.program.weights["weight_a"].shape == (2, 6, 3, 1)
     assert chosen.program.weights["weight_b"].shape == (8, 2, 1, 5)
     torch.testing.assert_close(chosen.program.run(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+    before = driver(model, (x,)).program.weights["weight"]
+    model.weight = nn.Parameter(before + 0.1 * torch.randn_like(before))
+    chosen = after(model, x, LowRank(rank=2, spatial=True, beside=IntGrid(4, 9)))
+    assert chosen.ledger.passes[-1].measured["worst snr_db"] > 20
     row = after(linear(thin(16, 16)), torch.randn(2, 16), LowRank(spatial=True)).ledger.passes[-1]
     assert row.skips[0].why == "it is no convolution of images in one group"
 
