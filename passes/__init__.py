@@ -33,7 +33,7 @@ def extension() -> Extension:
         fold_shared,
         fold_table,
     )
-    from sparc.passes.prune import Prune
+    from sparc.passes.prune import PermuteChannels, Prune
     from sparc.passes.recipes import recipes
     from sparc.passes.rotate import Rotate
     from sparc.passes.round import Round
@@ -52,7 +52,7 @@ def extension() -> Extension:
     stacks = (coalesce_parallel, stack_projections)
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, *stacks)
     cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks)
-    moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Prune)
+    moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, PermuteChannels, Prune)
     activations = (SplitMinimum, QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, *cuts, *moves, Round, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())
