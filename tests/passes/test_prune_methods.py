@@ -29,7 +29,7 @@ from sparc.passes.second_order import factor, gram_watches, reconstruction_error
 from sparc.program import Program
 from tests.mixtures import DYNAMIC, Mixture
 from tests.mixtures import inputs as routed
-from tests.passes.models import driver, models, run
+from tests.passes.models import driver, models
 
 PATTERNS: list[tuple[Pattern, float | None]] = [
     (NM(2, 4), None),
@@ -309,30 +309,44 @@ def test_no_method_is_worse_than_magnitude(
 
 
 # kinds of sites -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("options", [{"method": "wanda"}, {"method": "sparsegpt"}, {"refine": True}], ids=str)
+@cache
+def every_kind() -> dict[str, tuple[Program, tuple[Tensor, ...]]]:
+    cases = {**models(), "mixture": (Mixture(), routed("an expert without tokens"))}
+    return {name: (capture(model, inputs), inputs) for name, (model, inputs) in cases.items()}
+
+
 @pytest.mark.parametrize(
-    ("pattern", "density"), [(NM(2, 4), None), (Unstructured(), 0.5), (Blocks((2, 2)), 0.5)], ids=str
+    "step",
+    [
+        Prune(NM(2, 4), method="wanda", refine=True),
+        Prune(NM(2, 4), method="sparsegpt"),
+        Prune(Unstructured(), density=0.5, method="wanda_variant"),
+        Prune(Unstructured(), density=0.5, method="sparsegpt", criterion="isc", refine=True),
+        Prune(Blocks((2, 2)), density=0.5, method="sparsegpt"),
+    ],
+    ids=str,
 )
-def test_every_kind_of_site_gains(pattern: Pattern, density: float | None, options: dict[str, object]) -> None:
-    if "refine" in options and isinstance(pattern, Blocks):
-        options = {"method": "sparsegpt", "criterion": "isc"}
-    for name, (model, inputs) in {**models(), "mixture": (Mixture(), routed("an expert without tokens"))}.items():
-        before = driver(model, inputs).program
-        plain = run(model, inputs, Prune(pattern, density))
-        after = run(model, inputs, Prune(pattern, density, **options))  # type: ignore[arg-type]
-        first = _first_site_errors(before, (plain, after), inputs)
+def test_every_kind_of_site_gains(step: Prune) -> None:
+    for name, (before, inputs) in every_kind().items():
+        samples = {"forward": [list(inputs)]}
+        found = []
+        for each in (Prune(step.pattern, step.density), step):
+            chosen = Driver(before.clone(), Samples(held_out=samples, calibration=samples), verify="types")
+            chosen.run(each)
+            found.append(chosen.program)
+        first = _first_site_errors(before, found, inputs)
         assert first is None or first[1] <= first[0] * (1 + 1e-6) + 1e-9, name
         for weight in before.weights:
-            grid = after.grid(weight)
-            assert (grid is None) == (plain.grid(weight) is None)
-            if grid is not None:
-                assert isinstance(grid.spec, MaskEncoding)
-                kept, old = grid.tensors["mask"], plain.grid(weight).tensors["mask"]  # type: ignore[union-attr]
-                rows = kept[..., 0].numel() if isinstance(pattern, Unstructured) else 0  # each rounds for itself
+            grids = [program.grid(weight) for program in found]
+            assert (grids[0] is None) == (grids[1] is None)
+            if grids[0] is not None and grids[1] is not None:
+                assert isinstance(grids[1].spec, MaskEncoding)
+                old, kept = (grid.tensors["mask"] for grid in grids)
+                rows = kept[..., 0].numel() if isinstance(step.pattern, Unstructured) else 0  # each rounds for itself
                 assert abs(int(kept.sum()) - int(old.sum())) <= rows / 2, (name, weight)
 
 
-def _first_site_errors(before, programs, inputs):
+def _first_site_errors(before: Program, programs: list[Program], inputs: tuple[Tensor, ...]) -> list[float] | None:
     """The errors of the first pruned site that has a Gram matrix: nothing before it was changed."""
     context = PassContext()
     calibration = Calibration(before, {"forward": [list(inputs)]})
