@@ -1,86 +1,24 @@
 """Wanda, its variant and SparseGPT: plain versions in float64, identities, and no method worse than magnitude."""
 
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparc.analysis.sites import find_sites
-from sparc.calibration import Calibration
-from sparc.capture import capture
-from sparc.driver import Driver
 from sparc.encoding.blocks import Blocks
-from sparc.encoding.int_grid import IntGrid
-from sparc.encoding.mask import MaskEncoding
 from sparc.encoding.nm import NM
 from sparc.encoding.unstructured import Unstructured
-from sparc.pass_base import PassContext, Samples
-from sparc.passes.encode import Encode
 from sparc.passes.prune import Prune
 from sparc.passes.prune.masks import Pattern, Pruning
 from sparc.passes.prune.selection import KeepPart, WithDiagonal, block_coordinates
-from sparc.passes.round import Round
 from sparc.passes.round.gptq import KeepNM
-from sparc.passes.second_order import factor, gram_watches, reconstruction_error, site_gram, sweep
-from sparc.program import Program
-from tests.mixtures import DYNAMIC, Mixture
-from tests.mixtures import inputs as routed
-from tests.passes.models import driver, models
+from sparc.passes.second_order import factor, reconstruction_error, sweep
+from tests.passes.pruning import PATTERNS, correlated, damped, driver_of, error, gram_of, pruned, weights
 
-PATTERNS: list[tuple[Pattern, float | None]] = [
-    (NM(2, 4), None),
-    (NM(3, 8), None),
-    (Unstructured(), 0.5),
-    (Unstructured(), 0.3),
-    (Blocks((4, 4)), 0.5),
-    (Blocks((1, "all")), 0.5),
-    (Blocks(("all", 1)), 0.5),
-]
 METHODS = ["wanda", "sparsegpt"]
-
-
-def correlated(columns: int, rows: int = 256, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(rows, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
-    return mixed * torch.rand(columns, generator=generator) + 0.3
-
-
-def weights(rows: int, columns: int, seed: int = 1) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-def gram_of(x: Tensor) -> Tensor:
-    return (x.double().T @ x.double() / len(x)).unsqueeze(0)
-
-
-@cache
-def layer(rows: int, columns: int, samples: int) -> Program:
-    return capture(nn.Linear(columns, rows, bias=False), (torch.zeros(samples, columns),))
-
-
-def driver_of(weight: Tensor, x: Tensor) -> Driver:
-    program, samples = layer(*weight.shape, len(x)).clone(), {"forward": [[x]]}
-    program.set_weight("weight", weight.clone())
-    return Driver(program, Samples(held_out=samples, calibration=samples), verify="types")
-
-
-def pruned(weight: Tensor, x: Tensor, step: Prune) -> Tensor:
-    chosen = driver_of(weight, x)
-    chosen.run(step)
-    return chosen.program.weights["weight"]
-
-
-def error(weight: Tensor, other: Tensor, x: Tensor) -> float:
-    return float(reconstruction_error((other - weight).unsqueeze(0), gram_of(x)).sum())
-
-
-def damped(x: Tensor) -> Tensor:
-    gram = gram_of(x)[0]
-    return gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 
 
 # counts ---------------------------------------------------------------------------------------------------------------
@@ -306,98 +244,3 @@ def test_no_method_is_worse_than_magnitude(
     for each in options:
         step = Prune(pattern, density, refine=refine and not isinstance(pattern, Blocks), **each)  # type: ignore[arg-type]
         assert error(matrix, pruned(matrix, x, step), x) <= worst * (1 + 1e-6) + 1e-9
-
-
-# kinds of sites -------------------------------------------------------------------------------------------------------
-@cache
-def every_kind() -> dict[str, tuple[Program, tuple[Tensor, ...]]]:
-    cases = {**models(), "mixture": (Mixture(), routed("an expert without tokens"))}
-    return {name: (capture(model, inputs), inputs) for name, (model, inputs) in cases.items()}
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        Prune(NM(2, 4), method="wanda", refine=True),
-        Prune(NM(2, 4), method="sparsegpt"),
-        Prune(Unstructured(), density=0.5, method="wanda_variant"),
-        Prune(Unstructured(), density=0.5, method="sparsegpt", criterion="isc", refine=True),
-        Prune(Blocks((2, 2)), density=0.5, method="sparsegpt"),
-    ],
-    ids=str,
-)
-def test_every_kind_of_site_gains(step: Prune) -> None:
-    for name, (before, inputs) in every_kind().items():
-        samples = {"forward": [list(inputs)]}
-        found = []
-        for each in (Prune(step.pattern, step.density), step):
-            chosen = Driver(before.clone(), Samples(held_out=samples, calibration=samples), verify="types")
-            chosen.run(each)
-            found.append(chosen.program)
-        first = _first_site_errors(before, found, inputs)
-        assert first is None or first[1] <= first[0] * (1 + 1e-6) + 1e-9, name
-        for weight in before.weights:
-            grids = [program.grid(weight) for program in found]
-            assert (grids[0] is None) == (grids[1] is None)
-            if grids[0] is not None and grids[1] is not None:
-                assert isinstance(grids[1].spec, MaskEncoding)
-                old, kept = (grid.tensors["mask"] for grid in grids)
-                rows = kept[..., 0].numel() if isinstance(step.pattern, Unstructured) else 0  # each rounds for itself
-                assert abs(int(kept.sum()) - int(old.sum())) <= rows / 2, (name, weight)
-
-
-def _first_site_errors(before: Program, programs: list[Program], inputs: tuple[Tensor, ...]) -> list[float] | None:
-    """The errors of the first pruned site that has a Gram matrix: nothing before it was changed."""
-    context = PassContext()
-    calibration = Calibration(before, {"forward": [list(inputs)]})
-    context.statistics = calibration.gather_all(gram_watches(before, context))
-    for site in find_sites(before)[0]:
-        gram = site_gram(before, site, context)
-        if gram is not None and programs[0].grid(site.weight) is not None:
-            old = site.view.to_matrix(before.weights[site.weight])
-            changes = [site.view.to_matrix(each.weights[site.weight]) - old for each in programs]
-            return [
-                float(reconstruction_error(each.reshape(len(gram), -1, old.shape[-1]), gram).sum()) for each in changes
-            ]
-    return None
-
-
-def test_an_expert_is_pruned_by_its_own_rows() -> None:
-    x, experts = routed("33 tokens")
-    x = torch.where((experts == 1)[:, None], x * torch.linspace(0.01, 10, 32), x)
-    samples = {"forward": [[x, experts]]}
-    chosen = Driver(capture(Mixture(), (x, experts), dynamic=DYNAMIC), Samples(held_out=samples, calibration=samples))
-    weight = chosen.program.weights["up"]
-    chosen.run(Prune(NM(2, 4), method="wanda"))
-    own = torch.stack([x[experts == each].square().mean(0) for each in range(4)])
-    wanda = NM(2, 4).select(weight, own.unsqueeze(1).expand(weight.shape))
-    found = chosen.program.grid("up").tensors["mask"]  # type: ignore[union-attr]
-    same = (found == wanda).all(-1).float().mean(-1)
-    assert bool((same > 0.6).all())  # the other rows are better by magnitude
-    assert not torch.equal(found[1], NM(2, 4).select(weight)[1])
-
-
-def test_what_no_data_reaches_is_pruned_by_magnitude_and_said() -> None:
-    model, inputs = models()["convolutions"]
-    chosen = driver(model, inputs)
-    chosen.run(Prune(NM(2, 4), method="sparsegpt"))
-    said = [each.what for each in chosen.diagnostics if "by magnitude" in each.what]
-    assert said == ["transposed.weight was pruned by magnitude"]
-
-
-# what follows ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("pattern", "density"), PATTERNS, ids=str)
-def test_rounding_by_a_sweep_keeps_the_mask(pattern: Pattern, density: float | None) -> None:
-    weight, x = weights(16, 32), correlated(32)
-    chosen = driver_of(weight, x)
-    chosen.run(Prune(pattern, density, method="sparsegpt"))
-    grid = chosen.program.grid("weight")
-    assert grid is not None
-    kept = pattern.spread(grid.tensors["mask"], weight.shape)
-    chosen.run(Round(IntGrid(4, 16), method="gptq"))
-    rounded = chosen.program.weights["weight"]
-    assert not bool(rounded[~kept].any())
-    chosen.run(Encode())
-    (decoded,) = chosen.program.run_flat([torch.eye(256, 32)])
-    assert torch.equal(decoded[:32].T, rounded)
-    assert chosen.ledger.passes[-1].changed

@@ -11,7 +11,7 @@ from sparc.encoding.unstructured import Unstructured
 from sparc.passes.prune import Prune
 from sparc.passes.prune.refine import CYCLES, THRESHOLD, refine_mask
 from sparc.passes.second_order import reconstruction_error
-from tests.passes.test_prune_methods import correlated, driver_of, gram_of, pruned, weights
+from tests.passes.pruning import correlated, driver_of, gram_of, pruned, weights
 
 
 def case(rows: int, columns: int, seed: int, m: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
