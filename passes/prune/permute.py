@@ -137,8 +137,28 @@ def _kept(score: Tensor, n: int) -> Tensor:
     return score.topk(n, dim=-1).values.sum(-1, dtype=torch.float64)
 
 
+def _exchanged(score: Tensor, others: Tensor, n: int) -> Tensor:
+    """What is kept of each m when a column gives its place to another: its n greatest, without the one, with the other.
+
+    They are the n - 1 greatest of the rest, and the greater one of the rest's next and the newcomer.
+
+    Args:
+        score: `[rows, pairs, m]`.
+        others: alike, the newcomers.
+        n: how many are kept.
+
+    Returns:
+        `[rows, pairs, m, m]`: which leaves, which comes.
+    """
+    greatest = score.topk(n + 1, dim=-1).values
+    last, next_one = greatest[..., n - 1 : n], greatest[..., n:]
+    stay = greatest[..., :n].sum(-1, keepdim=True) - torch.maximum(score, last)
+    rival = torch.where(score >= last, next_one, last)
+    return stay.unsqueeze(-1) + torch.maximum(rival.unsqueeze(-1), others.unsqueeze(-2))
+
+
 def _at_once(score: Tensor, m: int) -> int:
-    return max(1, _PAIRS // (len(score) * m**3))
+    return max(1, _PAIRS // (len(score) * m**2))
 
 
 def _exchange(score: Tensor, order: Tensor, pairs: Tensor, pattern: NM) -> bool:
@@ -150,17 +170,16 @@ def _exchange(score: Tensor, order: Tensor, pairs: Tensor, pattern: NM) -> bool:
         pairs: `[pairs, 2]`, numbers of m's, each in one pair.
         pattern: says n and m.
     """
-    m = pattern.m
+    n, m = pattern.n, pattern.m
     places = pairs.unsqueeze(-1) * m + torch.arange(m)  # [pairs, 2, m]
     first, second = (score[:, order[places[:, side]]] for side in (0, 1))  # [rows, pairs, m]
-    before = (_kept(first, pattern.n) + _kept(second, pattern.n)).sum(0)
-    replaced = torch.eye(m, dtype=torch.bool)[:, None]  # column a of the first becomes column b of the second
-    after = [
-        _kept(torch.where(replaced, theirs[..., None, :, None], ours[..., None, None, :]), pattern.n).sum(0)
-        for ours, theirs in ((first, second), (second, first))
-    ]  # [pairs, a, b] and [pairs, b, a]
-    gain, best = (after[0] + after[1].transpose(-1, -2) - before[:, None, None]).flatten(1).max(-1)
-    better = gain > 1e-9 * before
+    before = (_kept(first, n) + _kept(second, n)).sum(0)
+    forth, back = (
+        _exchanged(ours, theirs, n).sum(0, dtype=torch.float64) for ours, theirs in ((first, second), (second, first))
+    )
+    after = forth + back.transpose(-1, -2)
+    gain, best = (after - before[:, None, None]).flatten(1).max(-1)
+    better = gain > 1e-6 * before
     a, b = best // m, best % m
     row = torch.arange(len(pairs))
     mine, other = places[row, 0, a][better], places[row, 1, b][better]

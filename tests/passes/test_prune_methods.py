@@ -51,6 +51,12 @@ def test_columns_of_equal_norm_make_wanda_magnitude() -> None:
     assert torch.equal(free.by_wanda(square).mask, Unstructured().select(weight, 0.4, by_row=True))
 
 
+def test_of_equal_scores_the_first_are_kept() -> None:
+    pruning = Pruning(torch.ones(2, 4), Unstructured(), 0.5)
+    for kept in (pruning.by_wanda(torch.ones(2, 4)), pruning.by_mass(torch.ones(2, 4))):
+        assert kept.mask.int().tolist() == [[1, 1, 0, 0]] * 2
+
+
 # plain versions -------------------------------------------------------------------------------------------------------
 def plain_wanda(weight: Tensor, x: Tensor, kept: int) -> Tensor:
     score = weight.double().abs() * x.double().norm(dim=0)
