@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparc.api import registry
 from sparc.diag import PassError
 from sparc.encoding.blocks import Blocks
 from sparc.encoding.dense import Dense
@@ -11,7 +12,8 @@ from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
 from sparc.encoding.unstructured import Unstructured
 from sparc.passes.encode import Encode
-from sparc.passes.prune import Prune
+from sparc.passes.prune import PermuteChannels, Prune
+from sparc.recipe import Recipe, Step
 from tests.passes.models import driver, models, run
 
 
@@ -141,3 +143,17 @@ def test_sites_below_the_floor_are_restored() -> None:
 def test_options_that_make_no_sense(options: dict[str, object]) -> None:
     with pytest.raises(PassError, match="SPARC209"):
         Prune(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Prune(Unstructured(), density=0.3, method="sparsegpt", criterion="isc", refine=True),
+        Prune(Blocks((1, "all")), density=0.5, method="wanda", allocation="sensitivity", spread=0.2),
+        PermuteChannels(NM(1, 4), method="wanda", rounds=8),
+    ],
+    ids=str,
+)
+def test_recipes_say_every_option(step: Prune | PermuteChannels) -> None:
+    recipe = Recipe((Step(step),))
+    assert Recipe.from_toml(recipe.to_toml(), registry()) == recipe
