@@ -35,7 +35,7 @@ def extension() -> Extension:
         fold_table,
     )
     from sparc.passes.low_rank import LowRank
-    from sparc.passes.prune import Prune
+    from sparc.passes.prune import PermuteChannels, Prune
     from sparc.passes.recipes import recipes
     from sparc.passes.rotate import Rotate
     from sparc.passes.round import Compensate, Round
@@ -54,7 +54,7 @@ def extension() -> Extension:
     stacks = (coalesce_parallel, stack_projections)
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, *stacks)
     cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks)
-    moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Awq, LowRank, Prune)
+    moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Awq, LowRank, PermuteChannels, Prune)
     activations = (SplitMinimum, QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, *cuts, *moves, Round, Compensate, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())
