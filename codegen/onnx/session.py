@@ -10,7 +10,7 @@ from torch import Tensor
 from sparc import codes
 from sparc.cache import TOKENS, Cache
 from sparc.codegen.onnx.batch import row_by_row
-from sparc.codegen.onnx.runtime import OnnxRunner, first_line, to_runtime, to_torch
+from sparc.codegen.onnx.runtime import OnnxRunner, first_line, to_runtime
 from sparc.diag import ArtifactError, LoweringError
 
 _ATTENTION, _PAST, _PRESENT = "GroupQueryAttention", (3, 4), (1, 2)
@@ -126,11 +126,8 @@ class CacheSession:
         except Exception as error:  # ONNX Runtime raises a class per status code, all of them plain Exceptions
             what = "ONNX Runtime failed while running the model"
             raise LoweringError(codes.RUNTIME_REJECTED, what, why=first_line(error)) from None
-        values = binding.get_outputs()[len(self._grown) :]
-        return {
-            name: to_torch(value, value.data_type() == "tensor(bool)")
-            for name, value in zip(results, values, strict=True)
-        }
+        values = binding.get_outputs_as_ortvaluevector()  # get_outputs() makes an object of every slot of the cache
+        return {name: self._runner.result(name, values[at]) for at, name in enumerate(results, len(self._grown))}
 
     def _empty(self, length: int) -> dict[str, Tensor]:
         made = {}
