@@ -78,8 +78,9 @@ class OnnxEmission:
         return OnnxRunner(self._model(entry), self._by_name(), threads=threads, cuda=cuda, options=entries)
 
     def session(self, entry: str | None, batch: int, length: int, *, threads: int | None = None) -> CacheSession:
-        """An entry with a cache, which is kept from call to call. All of an entry's sessions run in the same one of ONNX
-        Runtime, which takes as long to open as hundreds of tokens.
+        """An entry with a cache, which is kept from call to call.
+
+        All of an entry's sessions run in the same one of ONNX Runtime, which takes as long to open as many tokens.
 
         Args:
             entry: the entry; the first by default.

@@ -71,7 +71,7 @@ def test_the_cache_is_written_where_it_lies() -> None:
 
 @pytest.mark.parametrize("name", [IN_PLACE, PASSED])
 def test_sessions_of_an_entry_share_the_runtime_but_not_the_cache(name: str) -> None:
-    """Opening ONNX Runtime's session takes as long as hundreds of tokens; another number of threads needs another one."""
+    """Opening ONNX Runtime's session takes as long as many tokens; another number of threads needs another one."""
     artifact, first = opened(name)
     assert isinstance(artifact.emission, OnnxEmission)
     second = artifact.emission.session(None, 2, 16, threads=1)
