@@ -122,7 +122,8 @@ def compile(
     given = _given(model, example_inputs, task, dynamic, data)
     captured = _capture(given, diagnostics)
     examples = {name: entry.example_inputs for name, entry in given.entries.items()}
-    samples = make_samples(captured, examples, given.data, diagnostics, given.feed)
+    written = given.written if any(step.pass_.needs for step in job.recipe.steps) else None
+    samples = make_samples(captured, examples, given.data, diagnostics, given.feed, written)
     artifact, plain = compile_program(captured, samples, job, diagnostics)
     artifact.attachments.update(given.attachments)
     if measure:

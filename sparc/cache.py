@@ -61,6 +61,8 @@ class Cache:
 
 def token_positions(mask: Tensor, count: int) -> Tensor:
     """The places of the last `count` tokens of every row, not counting hidden ones, `[batch, count]`, int64."""
+    if count == 1:
+        return (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
     return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, mask.shape[1] - count :].contiguous()
 
 

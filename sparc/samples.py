@@ -29,6 +29,7 @@ def make_samples(
     data: Data,
     diagnostics: Diagnostics,
     feed: Feed | None = None,
+    written: Callable[[], Iterable[Any]] | None = None,
 ) -> Samples:
     """Samples for every entry that has examples.
 
@@ -38,6 +39,7 @@ def make_samples(
         data: more inputs, or a function that returns them; every fourth one is held out from calibration.
         diagnostics: told when there is no data.
         feed: what an item of data is to each entry, by name; without, items are inputs of the first one.
+        written: inputs of the first entry to calibrate it on where there is no data.
 
     Raises:
         CaptureError: SPARC102 when an item does not fit the program's signature.
@@ -49,6 +51,9 @@ def make_samples(
         for entry, tensors in example.items():
             varied = [vary(tensors, seed, _kept(program.entries[entry])) for seed in (1, 2)]
             samples.held_out[entry], samples.calibration[entry] = [tensors, varied[0]], varied
+        if written is not None:
+            first = next(iter(example))
+            samples.calibration[first] = [bind(program, item, first) for item in written()]
         return samples
     items = _read(data)
     if len(items) > _LIMIT:

@@ -43,6 +43,7 @@ class OnnxEmission:
     stored: list[StoredTensor]
     kernels: Mapping[str, KernelUse] = field(default_factory=dict)
     caches: Mapping[str, Cache] = field(default_factory=dict)
+    _opened: dict[str, tuple[int | None, OnnxRunner]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def native(self) -> bool:
@@ -79,6 +80,8 @@ class OnnxEmission:
     def session(self, entry: str | None, batch: int, length: int, *, threads: int | None = None) -> CacheSession:
         """An entry with a cache, which is kept from call to call.
 
+        All of an entry's sessions run in the same one of ONNX Runtime, which takes as long to open as many tokens.
+
         Args:
             entry: the entry; the first by default.
             batch: how many sequences.
@@ -89,8 +92,9 @@ class OnnxEmission:
             LoweringError: SPARC405 without ONNX Runtime, SPARC406 when it refuses the model.
         """
         name = entry or next(iter(self.models))
-        runner = OnnxRunner(self.models[name], self._by_name(), threads=threads)
-        return CacheSession(runner, self.models[name], self.caches[name], batch, length)
+        if name not in self._opened or self._opened[name][0] != threads:
+            self._opened[name] = threads, OnnxRunner(self.models[name], self._by_name(), threads=threads)
+        return CacheSession(self._opened[name][1], self.models[name], self.caches[name], batch, length)
 
     def shares_cache(self, entry: str) -> bool:
         """Whether past and present may be one buffer of a fixed length."""

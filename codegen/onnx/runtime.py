@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from sparc import codes
 from sparc.cache import TOKENS
@@ -110,8 +111,12 @@ class OnnxRunner:
             raise LoweringError(
                 codes.RUNTIME_REJECTED, "ONNX Runtime failed while running the model", why=first_line(error)
             ) from None
-        named = zip(self._outputs, results, strict=True)
-        return {name: to_torch(value, name in self._booleans) for name, value in named}
+        return {name: self.result(name, value) for name, value in zip(self._outputs, results, strict=True)}
+
+    def result(self, name: str, value: Any) -> Tensor:
+        """An output that ONNX Runtime computed, as a tensor over the same memory; booleans come as bytes."""
+        tensor: Tensor = from_dlpack(value.__dlpack__())
+        return tensor.view(torch.bool) if name in self._booleans else tensor
 
     def _run_bound(self, feeds: Mapping[str, "onnxruntime.OrtValue"]) -> list[Any]:
         """Inputs stay where they are; outputs stay on the device until they are read."""
@@ -169,12 +174,6 @@ def to_runtime(tensor: Tensor) -> "onnxruntime.OrtValue":
     if plain.dtype == torch.bool or plain.numel() == 0:
         return runtime.OrtValue.ortvalue_from_numpy(plain.cpu().numpy())
     return runtime.OrtValue.from_dlpack(plain)
-
-
-def to_torch(value: "onnxruntime.OrtValue", is_bool: bool) -> Tensor:
-    """ONNX Runtime's value as a tensor over the same memory; booleans come as bytes."""
-    tensor: Tensor = torch.from_dlpack(value)  # type: ignore[attr-defined]
-    return tensor.view(torch.bool) if is_bool else tensor
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparc import codes
 from sparc.cache import TOKENS, Cache
 from sparc.codegen.onnx.batch import row_by_row
-from sparc.codegen.onnx.runtime import OnnxRunner, first_line, to_runtime, to_torch
+from sparc.codegen.onnx.runtime import OnnxRunner, first_line, to_runtime
 from sparc.diag import ArtifactError, LoweringError
 
 _ATTENTION, _PAST, _PRESENT = "GroupQueryAttention", (3, 4), (1, 2)
@@ -40,7 +40,9 @@ class CacheSession:
         self._outputs = [value.name for value in model.graph.output]
         self._shapes = {value.name: value.type.tensor_type for value in model.graph.input}
         self._slots = self._empty(length if self._in_place else 0)
-        self._grown = {slot.output for slot in cache.slots}
+        self._given = [name for name in self._names if name not in self._slots]
+        grown = {slot.output for slot in cache.slots}
+        self._results = [name for name in self._outputs if name not in grown]
         self._whole = self._bind(slice(None)) if self._in_place else None
         self._length = 0
 
@@ -77,7 +79,7 @@ class CacheSession:
             LoweringError: SPARC406 when the runtime fails.
         """
         tokens = tensors.get(TOKENS)
-        missing = [name for name in self._names if name not in tensors and name not in self._slots]
+        missing = [name for name in self._given if name not in tensors]
         if tokens is None or missing:
             raise ArtifactError(codes.CALL_MISMATCH, f"inputs {', '.join(missing)} are missing")
         if tokens.shape[0] != self._batch:
@@ -85,7 +87,7 @@ class CacheSession:
         if self._length + tokens.shape[1] > self._limit:
             why = f"{self._length} are used, and {tokens.shape[1]} are to come"
             raise ArtifactError(codes.CALL_MISMATCH, f"the cache holds {self._limit} places", why=why)
-        given = {name: tensors[name] for name in self._names if name in tensors}
+        given = {name: tensors[name] for name in self._given}
         results = self._write(given) if self._in_place else self._pass_on(given)
         self._length += tokens.shape[1]
         return results
@@ -118,19 +120,16 @@ class CacheSession:
         """Run on the inputs beside the cache."""
         for name, tensor in given.items():
             binding.bind_ortvalue_input(name, to_runtime(tensor))
-        results = [name for name in self._outputs if name not in self._grown]
-        for name in results:
+        for name in self._results:
             binding.bind_output(name)
         try:
             self._runner.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises a class per status code, all of them plain Exceptions
             what = "ONNX Runtime failed while running the model"
             raise LoweringError(codes.RUNTIME_REJECTED, what, why=first_line(error)) from None
-        values = binding.get_outputs()[len(self._grown) :]
-        return {
-            name: to_torch(value, value.data_type() == "tensor(bool)")
-            for name, value in zip(results, values, strict=True)
-        }
+        values = binding.get_outputs_as_ortvaluevector()  # get_outputs() makes an object of every slot of the cache
+        first = len(self._cache.slots)
+        return {name: self._runner.result(name, values[at]) for at, name in enumerate(self._results, first)}
 
     def _empty(self, length: int) -> dict[str, Tensor]:
         made = {}

@@ -1,4 +1,6 @@
-"""The projections of an attention over a cache become one product, as fused operators of attention read them."""
+"""Products of one value become one in entries with a cache, whose calls have one row for the most part: the projections
+of an attention, as fused operators of attention read them, and the two of a gate.
+"""
 
 from typing import Any
 
@@ -16,16 +18,28 @@ aten = torch.ops.aten
 
 _MOVES = (aten.transpose.int, aten.permute.default, aten.reshape.default, aten.view.default, aten.slice.Tensor,
           aten.add.Tensor, aten.mul.Tensor, aten.cat.default)  # fmt: skip
+_ACTIVATIONS = (aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default)
 
 
 def _find(program: Program, node: fx.Node) -> Found | None:
-    if node.target is not aten.scaled_dot_product_attention.default or program.entry_of(node).cache is None:
+    products: list[fx.Node | None]
+    if node.target is aten.scaled_dot_product_attention.default:
+        given = normalized_arguments(node)
+        products = [_product(given["query"]), *(_product(_joined(given[name])) for name in ("key", "value"))]
+    elif node.target is aten.mul.Tensor:
+        products = [*sorted(each for each in map(_activated, node.args) if each is not None)]
+    else:
         return None
-    given = normalized_arguments(node)
-    products = [_product(given["query"]), *(_product(_joined(given[name])) for name in ("key", "value"))]
-    if any(each is None for each in products) or len(set(products)) < len(products):
+    if program.entry_of(node).cache is None or None in products or len(set(products)) < max(2, len(products)):
         return None
     return found_products(products) if stack_together(program, products) else None  # type: ignore[arg-type]
+
+
+def _activated(node: Any) -> fx.Node | None:
+    """The product that a factor is, maybe behind an activation."""
+    if isinstance(node, fx.Node) and node.target in _ACTIVATIONS:
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) and node.target is aten.linear.default else None
 
 
 def _joined(node: Any) -> Any:
@@ -50,6 +64,7 @@ def _product(node: Any) -> fx.Node | None:
 @rewrite(find=_find, contract=Bounded(1e-4), stage=Stage.COALESCE)
 def stack_projections(m: Match) -> "tuple[fx.Node, ...] | Skip":
     """linear(x, Q), linear(x, K), linear(x, V) => split(linear(x, [Q; K; V])), where they are the queries, keys and
-    values of an attention over a cache. Encoded weights stay on their grids.
+    values of an attention over a cache; and the two factors of silu(linear(x, A)) * linear(x, B) likewise, in entries
+    with a cache. Weights on grids stay there.
     """
     return stack(m)

@@ -1,7 +1,7 @@
 """Two encodings in one model: which sites are worth more bytes, when a budget limits all of them together."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,8 @@ def worth_more(
 ) -> list[Rounded]:
     """The sites to round to `finer` instead: those that remove most output noise for each byte, within the budget.
 
-    Where the budget leaves nothing to share out, or sensitivities cannot be measured, there are none, with a remark.
+    In entries with a cache, the products of one value go together: of one encoding they become one product. Where the
+    budget leaves nothing to share out, or sensitivities cannot be measured, there are none, with a remark.
 
     Args:
         program: with the sites rounded to the coarser encoding.
@@ -66,13 +67,32 @@ def worth_more(
     if isinstance(gains, str):
         diagnostics.remark(codes.NOT_MATCHED, f"no site is rounded to {finer}", why=gains)
         return []
-    candidates = [each for each in rounded if each.site.weight in costs and gains.get(each.site.weight, 0) > 0]
     chosen = []
-    for each in sorted(candidates, key=lambda each: -gains[each.site.weight] / max(1, costs[each.site.weight])):
-        if costs[each.site.weight] <= left:
-            left -= costs[each.site.weight]
-            chosen.append(each)
+    candidates = [
+        [each for each in group if each.site.weight in costs and gains.get(each.site.weight, 0) > 0]
+        for group in _together(program, rounded)
+    ]
+    for group in sorted(
+        filter(None, candidates), key=lambda group: -_worth(group, gains) / max(1, _worth(group, costs))
+    ):
+        if _worth(group, costs) <= left:
+            left -= _worth(group, costs)
+            chosen.extend(group)
     return chosen
+
+
+def _worth(group: Sequence[Rounded], of: Mapping[str, float]) -> float:
+    return sum(of[each.site.weight] for each in group)
+
+
+def _together(program: Program, rounded: Sequence[Rounded]) -> Iterable[list[Rounded]]:
+    """The sites that are chosen together: one by one, or by the value that they multiply."""
+    groups: dict[object, list[Rounded]] = {}
+    for each in rounded:
+        use = each.site.uses[0]
+        alone = use.operator != "linear" or program.entries[use.entry].cache is None
+        groups.setdefault(each.site.weight if alone else use.input, []).append(each)
+    return groups.values()
 
 
 def _sizes(program: Program, rounded: Rounded, finer: Encoding) -> tuple[int, int | None]:

@@ -107,8 +107,10 @@ class Session:
         """
         mask = torch.ones_like(tokens) if mask is None else mask
         if self.pending is not None:
-            tokens = torch.cat([self.pending, tokens], dim=1)
-            mask = torch.cat([torch.ones_like(self.pending), mask], dim=1)
+            waiting = torch.ones_like(self.pending)
+            empty = tokens.shape[1] == 0
+            tokens = self.pending if empty else torch.cat([self.pending, tokens], dim=1)
+            mask = waiting if empty else torch.cat([waiting, mask], dim=1)
             self.pending = None
         count = tokens.shape[1]
         check_room(self.used + count, self.length)

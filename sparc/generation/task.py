@@ -17,6 +17,7 @@ from sparc.diag import CaptureError
 from sparc.generation.attachments import CONFIG, SETTINGS
 from sparc.generation.decoder import Decoder, describe, named_call
 from sparc.generation.encoder_decoder import Encoder, SourceDecoder, describe_entries
+from sparc.generation.own_text import own_text
 from sparc.generation.source import entry_calls, start_token
 from sparc.generation.text import checkpoint_files
 from sparc.samples import Data, Feed
@@ -54,12 +55,14 @@ class Task:
         data: the user's data.
         feed: what an item of data is to each entry, where there are several.
         attachments: files for the artifact's folder: settings of generation.
+        written: what the model writes itself, to calibrate on where there is no data.
     """
 
     entries: Mapping[str, EntryTask]
     data: Data
     feed: Feed | None = None
     attachments: Mapping[str, bytes] = field(default_factory=dict)
+    written: Callable[[], list[Any]] | None = None
 
 
 def prepare_task(task: str, model: Any, data: Data) -> Task:
@@ -79,16 +82,14 @@ def prepare_task(task: str, model: Any, data: Data) -> Task:
     module = model.model if isinstance(model, Checkpoint) else model
     if not isinstance(module, nn.Module):
         raise CaptureError(codes.NO_CACHE, "the task needs the model itself", why=f"got {type(model).__name__}")
-    entries, named, feed = (
-        _encoder_decoder(module, data)
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-        else _decoder(module, data)
-    )
+    two = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    entries, named, feed = _encoder_decoder(module, data) if two else _decoder(module, data)
     attachments = _settings(module)
     if isinstance(model, Checkpoint):
         entries = {name: _with_weights(each, model) for name, each in entries.items()}
         attachments |= checkpoint_files(model)
-    return Task(entries, named, feed, attachments)
+    written = None if two else lambda: [named_call(tokens) for tokens in own_text(module)]
+    return Task(entries, named, feed, attachments, written)
 
 
 def _with_weights(entry: EntryTask, checkpoint: Checkpoint) -> EntryTask:

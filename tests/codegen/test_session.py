@@ -70,6 +70,21 @@ def test_the_cache_is_written_where_it_lies() -> None:
 
 
 @pytest.mark.parametrize("name", [IN_PLACE, PASSED])
+def test_sessions_of_an_entry_share_the_runtime_but_not_the_cache(name: str) -> None:
+    """Opening ONNX Runtime's session takes as long as many tokens; another number of threads needs another one."""
+    artifact, first = opened(name)
+    assert isinstance(artifact.emission, OnnxEmission)
+    second = artifact.emission.session(None, 2, 16, threads=1)
+    assert second._runner is first._runner
+    assert artifact.emission.session(None, 2, 16, threads=2)._runner is not first._runner
+    tokens, mask = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.ones(2, 4, dtype=torch.int64)
+    want = artifact(input_ids=tokens, attention_mask=mask)["logits"]
+    first(step(tokens.flip(0), mask, 0, 4))
+    for start, end in [(0, 3), (3, 4)]:
+        assert_close(second(step(tokens, mask, start, end))["logits"], want, mask, start)
+
+
+@pytest.mark.parametrize("name", [IN_PLACE, PASSED])
 def test_a_full_cache_is_an_error(name: str) -> None:
     _, session = opened(name, batch=1, length=4)
     tokens, mask = torch.ones(1, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.int64)

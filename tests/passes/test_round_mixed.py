@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparc.cache import Cache
 from sparc.capture import capture
 from sparc.diag import PassError
 from sparc.encoding.int_grid import IntGrid
@@ -45,6 +46,18 @@ def test_the_site_that_is_heard_most_gets_the_bytes() -> None:
     assert specs(Branches(), inputs, (2 * coarse + fine - 1) / dense) == dict.fromkeys(names, COARSE)
     two = dict(zip(names, (FINE, FINE, COARSE), strict=True))
     assert specs(Branches(), inputs, 1.0) == two, "what nobody hears is not worth a byte"
+
+
+def test_products_of_one_value_go_together_over_a_cache() -> None:
+    """What is read with the loudest gets the bytes with it, or neither does."""
+    coarse, fine, dense = int(COARSE.bytes((32, 32))), int(FINE.bytes((32, 32))), 3 * 32 * 32 * 4
+    names = ("quiet.weight", "loud.weight")
+    for budget, want in (((2 * coarse + fine) / dense, COARSE), ((coarse + 2 * fine) / dense, FINE)):
+        chosen = driver(Branches(), (torch.randn(8, 32),))
+        chosen.program.main.cache = Cache((), 64)
+        chosen.run(Round(COARSE, finer=FINE, budget=budget))
+        grids = [chosen.program.grid(name) for name in names]
+        assert [grid and grid.spec for grid in grids] == [want, want]
 
 
 def test_a_budget_below_the_coarse_encoding_upgrades_nothing() -> None:

@@ -52,6 +52,29 @@ def test_three_products_become_one() -> None:
     assert products(stacked(Step())) == [[64, 32]]
 
 
+class Gate(nn.Module):
+    """A gate of one value, or of two."""
+
+    def __init__(self, *, apart: bool = False) -> None:
+        super().__init__()
+        self.gate, self.up, self.apart = nn.Linear(32, 48), nn.Linear(32, 48), apart
+
+    def forward(self, x: Tensor) -> Any:
+        return nn.functional.silu(self.gate(x)) * self.up(x * 2 if self.apart else x)
+
+
+@pytest.mark.parametrize(("apart", "cached"), [(False, True), (True, True), (False, False)])
+def test_the_products_of_a_gate_become_one(apart: bool, cached: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Gate(apart=apart), torch.randn(2, 3, 32)
+    chosen = driver(model, (x,))
+    chosen.run(Canonicalize())
+    chosen.program.main.cache = Cache((), 64) if cached else None
+    chosen.run(stack_projections)
+    assert products(chosen) == ([[96, 32]] if cached and not apart else [[48, 32], [48, 32]])
+    torch.testing.assert_close(chosen.program.run_flat([x])[0], model(x))
+
+
 def test_only_of_one_value_and_over_a_cache() -> None:
     apart = [[32, 32], [16, 32], [16, 32]]
     assert products(stacked(Step(apart=True))) == apart
