@@ -20,6 +20,7 @@ def extension() -> Extension:
     from sparc.passes.coalesce import MergeNeurons, coalesce_parallel, stack_projections
     from sparc.passes.cut.blocks import DropBlocks
     from sparc.passes.cut.merge_blocks import MergeBlocks
+    from sparc.passes.cut.prune_units import PruneUnits
     from sparc.passes.decode import Decode
     from sparc.passes.encode import Encode
     from sparc.passes.equalize.equalize import Equalize
@@ -51,7 +52,7 @@ def extension() -> Extension:
     )
     stacks = (coalesce_parallel, stack_projections)
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, *stacks)
-    cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks)
+    cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks, PruneUnits)
     moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Prune)
     activations = (SplitMinimum, QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, *cuts, *moves, Round, *activations, Encode)

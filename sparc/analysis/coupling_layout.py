@@ -247,6 +247,8 @@ def _read_at(*names: str) -> Rule:
 
     def rule(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
         axes = state.of(given["self"])
+        if node in state.experts:
+            return axes
         places = [given[name] for name in names if given.get(name) is not None]
         flat = [p for place in places for p in (place if isinstance(place, (list, tuple)) else [place])]
         for place in flat or range(len(axes)):
@@ -264,7 +266,9 @@ def _gather(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     axes, index = state.of(given["self"]), state.of(given["index"])
     place = _place(given["dim"], len(axes))
     for at, (axis, other) in enumerate(zip(axes, index, strict=True)):
-        if at == place or concrete(extent(axis) - extent(other)) != 0:
+        if at == place and node in state.experts:
+            unify(axis, state.experts[node])
+        elif at == place or concrete(extent(axis) - extent(other)) != 0:
             freeze(axis, "its positions matter to gather")
         else:
             unify(axis, other)
@@ -278,7 +282,9 @@ def _index(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes | None
     used = [place for place, each in enumerate(indices) if each is not None]
     if any(each is not None and each.meta["val"].dtype == torch.bool for each in indices):
         return None
-    for place in used:
+    if node in state.experts:
+        unify(axes[0], state.experts[node])
+    for place in used if node not in state.experts else ():
         freeze(axes[place], "its positions matter to index")
     read = state.broadcast([state.of(indices[place]) for place in used])
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
