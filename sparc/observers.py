@@ -1,5 +1,6 @@
 """What calibration can measure on a stream of tensors. Each observer sees one batch at a time and keeps a summary."""
 
+import json
 import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from torch import Tensor
 _BINS = 2048
 _COUNTED = 2**18
 _ROWS = 512
+_PATCHES = 2**16
 _LEAST_WIDTH = 1e-6
 
 
@@ -193,6 +195,88 @@ class Rows(Observer):
         return rows[::step]
 
 
+class Gram(Observer):
+    """`gram`: the mean of `x xᵀ` over all rows x, `[channels, channels]` float64.
+
+    Products are float32, sums over batches float64.
+    """
+
+    count = 0
+    total: Tensor | None = None
+
+    def _add(self, value: Tensor) -> None:
+        """Accumulate."""
+        rows = self.rows_of(value)
+        found = (rows.transpose(-1, -2) @ rows).double()
+        self.total = found if self.total is None else self.total.add_(found)
+        self.count += rows.shape[-2]
+
+    def rows_of(self, value: Tensor) -> Tensor:
+        """`[..., rows, channels]`, float32."""
+        return self.by_channel(value)
+
+    def result(self) -> Tensor:
+        """`[channels, channels]`."""
+        assert self.total is not None
+        return self.total / self.count
+
+
+class PatchGram(Gram):
+    """`patches`: `Gram` of the patches that a convolution multiplies, `[groups, reduce, reduce]`, where a patch is laid
+    out like a row of the convolution's weight.
+
+    At most 2^16 evenly spaced patches of a batch are counted.
+    """
+
+    def __init__(self, geometry: "Geometry") -> None:
+        """Args: the convolution's."""
+        super().__init__()
+        self.geometry = geometry
+
+    def rows_of(self, value: Tensor) -> Tensor:
+        """`[groups, patches, reduce]`."""
+        kernel, stride, padding, dilation, groups = self.geometry
+        image = value.float() if bool(torch.isfinite(value.sum())) else _finite(value.float())
+        if len(kernel) == 1:
+            image, kernel, stride = image.unsqueeze(2), (1, *kernel), (1, *stride)
+            padding, dilation = ((0, 0), *padding), (1, *dilation)
+        sides = [side for before, after in reversed(padding) for side in (before, after)]
+        columns = torch.nn.functional.unfold(
+            torch.nn.functional.pad(image, sides), kernel, dilation=dilation, stride=stride
+        )
+        step = max(1, -(-columns.shape[0] * columns.shape[2] // _PATCHES))
+        patches = columns.movedim(1, 0).flatten(1)[:, ::step]
+        return patches.unflatten(0, (groups, -1)).transpose(-1, -2)
+
+
+class Geometry(NamedTuple):
+    """Where a convolution reads; a kind of statistics is `f"patches:{geometry}"`.
+
+    Args:
+        kernel: its size along each of one or two axes.
+        stride: likewise.
+        padding: zeros before and behind, along each axis.
+        dilation: likewise.
+        groups: in how many groups channels are convolved.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __str__(self) -> str:
+        return json.dumps(self)
+
+    @staticmethod
+    def parse(text: str) -> "Geometry":
+        """The inverse of `str`."""
+        kernel, stride, padding, dilation, groups = json.loads(text)
+        sides = tuple((before, after) for before, after in padding)
+        return Geometry(tuple(kernel), tuple(stride), sides, tuple(dilation), groups)
+
+
 class Batches(Observer):
     """`batches`: the first values as they are, at most four batches, for error estimates that need whole tensors."""
 
@@ -217,13 +301,16 @@ KINDS: dict[str, type[Observer]] = {
     "moments": Moments,
     "histogram": Histogram,
     "rows": Rows,
+    "gram": Gram,
     "batches": Batches,
 }
 
 
 def observer(kind: str) -> Observer:
     """An observer by its kind: a name of `KINDS`, with the channel axis after a colon when it is not the last:
-    `moments:1`.
+    `moments:1`; or `patches:` with a `Geometry`.
     """
     name, _, axis = kind.partition(":")
+    if name == "patches":
+        return PatchGram(Geometry.parse(axis))
     return KINDS[name](int(axis or -1))

@@ -1,5 +1,6 @@
 """What a rounding error in each column of a site costs."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +10,8 @@ from sparc.analysis.sites import Site, Use
 from sparc.grouped import runs
 from sparc.pass_base import PassContext
 from sparc.program import Program
+
+DAMPING = 0.01
 
 
 def column_importance(program: Program, site: Site, context: PassContext) -> Tensor | None:
@@ -26,6 +29,15 @@ def column_importance(program: Program, site: Site, context: PassContext) -> Ten
     found = [_of_use(use, weight, context) for use in site.uses]
     known = [importance for importance in found if importance is not None]
     return torch.stack(known).mean(0) if known else None
+
+
+def damped(importance: Tensor) -> Tensor | None:
+    """Importance plus a hundredth of its mean; None where there is none.
+
+    Calibration sees few inputs: a column that met only zeros there may still meet others.
+    """
+    mean = float(importance.mean())
+    return importance + DAMPING * mean if 0 < mean < math.inf else None
 
 
 def input_moments(program: Program, context: PassContext) -> Iterator[tuple[fx.Node, str]]:

@@ -16,11 +16,12 @@ from sparc.encoding.compose import compose, refit
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.operators import round_weight
 from sparc.pass_base import Pass, PassContext, Stage
-from sparc.passes.round.importance import column_importance, input_moments
+from sparc.passes.round.gptq import chosen_pattern, round_by_sweep, why_not_by_column
+from sparc.passes.round.importance import column_importance, damped, input_moments
 from sparc.passes.round.mixed import Rounded, worth_more
+from sparc.passes.second_order.factor import DAMPING, factor
+from sparc.passes.second_order.gram import gram_watches, site_gram
 from sparc.program import Program
-
-DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,17 @@ class Round(Pass):
         importance: what a squared error in a column costs: `none` (the same in every column) or `data` (the mean square
             of the input column, from calibration, and a hundredth of all columns' mean).
         floor: a site whose signal-to-noise ratio falls below so many decibels is restored, with a remark.
+        method: `nearest`, or `gptq`: column by column, what is left of a row makes up for the error so far (GPTQ,
+            Frantar et al. 2022; it needs data). With a mask as encoding, `NM(2, 4, of=IntGrid(4))`, the mask is chosen
+            in the same sweep (SparseGPT, Frantar and Alistarh 2023).
+        damping: of the sweep, as a part of the inputs' mean square.
+        activation_order: whether the sweep begins with the columns whose inputs are greatest.
         finer: an encoding of more bytes, for the sites where it removes most noise from the model's outputs.
         budget: what all selected sites may take together, as a part of their dense bytes; goes with `finer`.
 
     Raises:
-        PassError: SPARC209 when only one of `finer` and `budget` is given, or the budget is not between 0 and 1.
+        PassError: SPARC209 when only one of `finer` and `budget` is given, or the budget is not between 0 and 1; when
+            they go with `gptq`, which knows one block at a time; or when the damping is negative.
     """
 
     name: ClassVar[str] = "round"
@@ -47,6 +54,9 @@ class Round(Pass):
     search: bool = False
     importance: Literal["none", "data"] = "none"
     floor: float | None = None
+    method: Literal["nearest", "gptq"] = "nearest"
+    damping: float = DAMPING
+    activation_order: bool = True
     finer: Encoding | None = None
     budget: float | None = None
 
@@ -55,10 +65,21 @@ class Round(Pass):
             raise PassError(codes.BAD_OPTION, "round takes finer and budget together", hint="give both, or neither")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PassError(codes.BAD_OPTION, f"round has no budget of {self.budget!r}", hint="above 0, at most 1")
+        if self.method == "gptq" and self.finer is not None:
+            raise PassError(
+                codes.BAD_OPTION,
+                "round shares no budget out with gptq",
+                why="the sweep knows one block at a time, a budget needs all sites",
+                hint='write a step for each encoding, with where=..., or method="nearest"',
+            )
+        if not 0 <= self.damping < math.inf:
+            raise PassError(codes.BAD_OPTION, f"round has no damping {self.damping!r}", hint="0.01")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Mean squares of the inputs, when importance comes from data or a budget is shared out."""
+        """Gram matrices of the inputs for gptq; mean squares, when importance comes from data or a budget is shared."""
+        if self.method == "gptq":
+            return frozenset({"gram"})
         return frozenset({"moments"}) if self.importance == "data" or self.finer is not None else frozenset()
 
     @property
@@ -73,6 +94,8 @@ class Round(Pass):
 
     def watches(self, program: Program, context: PassContext) -> Iterator[tuple[fx.Node, str]]:
         """The inputs of the selected sites, per channel."""
+        if self.method == "gptq":
+            return gram_watches(program, context)
         return input_moments(program, context) if self.needs else iter(())
 
     def run(self, program: Program, context: PassContext) -> None:
@@ -85,6 +108,8 @@ class Round(Pass):
             why = _unsuitable(program, site, encoding)
             if why:
                 context.skip(site.weight, why, site.location)
+            elif context.edit() and self.method == "gptq":
+                self._sweep(program, site, context)
             elif context.edit():
                 importance = column_importance(program, site, context) if self.needs else None
                 rounded.append(Rounded(site, program.weights.record(site.weight), importance))
@@ -94,18 +119,27 @@ class Round(Pass):
                 program.weights.put(each.site.weight, each.original)
                 self._round(program, each, self.finer)
 
+    def _sweep(self, program: Program, site: Site, context: PassContext) -> None:
+        """Round by a sweep; to nearest, with a remark, where inputs are unknown or columns cannot be rounded alone."""
+        gram = site_gram(program, site, context)
+        encoding = compose(_spec(program, site), self.encoding)
+        why = "no calibration data says what it is multiplied with" if gram is None else why_not_by_column(encoding)
+        if gram is None or why:
+            context.diagnostics.remark(
+                codes.NOT_MATCHED, f"{site.weight} was rounded to nearest", where=site.location, why=why
+            )
+            self._round(program, Rounded(site, program.weights.record(site.weight), None), self.encoding)
+            return
+        pattern = chosen_pattern(_spec(program, site), self.encoding)
+        unit = 1 if pattern is None else pattern.m
+        prepared = factor(gram, self.damping, descending=self.activation_order, unit=unit)
+        importance = gram.diagonal(dim1=-2, dim2=-1) if self.importance == "data" else None
+        swept = round_by_sweep(program, site, self.encoding, gram, prepared, importance, self.search)
+        program.set_weight(site.weight, *swept)
+
     def _round(self, program: Program, each: Rounded, encoding: Encoding) -> None:
         importance = damped(each.importance) if self.importance == "data" and each.importance is not None else None
         round_site(program, each.site, encoding, importance, self.search)
-
-
-def damped(importance: Tensor) -> Tensor | None:
-    """Importance plus a hundredth of its mean; None where there is none.
-
-    Calibration sees few inputs: a column that met only zeros there may still meet others.
-    """
-    mean = float(importance.mean())
-    return importance + DAMPING * mean if 0 < mean < math.inf else None
 
 
 def round_site(program: Program, site: Site, encoding: Encoding, importance: Tensor | None, search: bool) -> None:
@@ -124,13 +158,16 @@ def round_site(program: Program, site: Site, encoding: Encoding, importance: Ten
     program.set_weight(site.weight, round_weight(weight, grid), grid)
 
 
+def _spec(program: Program, site: Site) -> Encoding | None:
+    grid = program.grid(site.weight)
+    return None if grid is None else grid.spec
+
+
 def _encoding(program: Program, site: Site, wanted: Encoding) -> Encoding | None:
     """The encoding the site will have; None when its weight lies on such a grid already."""
-    grid = program.grid(site.weight)
-    if grid is None:
-        return wanted
-    composed = compose(grid.spec, wanted)
-    return None if composed == grid.spec else composed
+    existing = _spec(program, site)
+    composed = compose(existing, wanted)
+    return None if composed == existing else composed
 
 
 def _unsuitable(program: Program, site: Site, encoding: Encoding) -> str | None:

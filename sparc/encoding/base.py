@@ -116,6 +116,13 @@ class ElementEncoding(Encoding):
     def grid_bytes(self, shape: Sequence["int | sympy.Expr"]) -> sympy.Expr:
         """Stored bytes of the grid's tensors for a matrix of this shape."""
 
+    def at_column(self, grid: Grid, column: int) -> Grid | None:
+        """The grid of one column, as a matrix `[..., out, 1]`; None where a column cannot be rounded by itself.
+
+        Methods that round column by column (GPTQ) ask for it, and leave an encoding that gives None to others.
+        """
+        return None
+
     def round(self, weight: Tensor, grid: Grid) -> Tensor:
         """The values of the nearest codes, rounded again until they are stable.
 

@@ -12,7 +12,17 @@ from sparc.encoding.base import ElementEncoding, saturate
 from sparc.encoding.binary_search import binary_search, levels, nearest_level
 from sparc.encoding.bits import pack_bits, unpack_bits
 from sparc.encoding.grid import Grid
-from sparc.encoding.groups import Group, bad_option, check_group, group_count, grouped, ungrouped, why_no_matrix
+from sparc.encoding.groups import (
+    Group,
+    alone,
+    bad_option,
+    check_group,
+    group_at,
+    group_count,
+    grouped,
+    ungrouped,
+    why_no_matrix,
+)
 from sparc.encoding.int_grid import IntGrid
 
 
@@ -89,6 +99,12 @@ class BinaryCode(ElementEncoding):
         offset = alphas.sum(-1) - scale * zero + (tensors["minimum"].double() if "minimum" in tensors else 0)
         made = cls(spec.bits, spec.group)
         return replace(grid, spec=made, tensors={"alphas": alphas.float(), "offset": offset.float()})
+
+    def at_column(self, grid: Grid, column: int) -> Grid:
+        """The column's alphas and offset."""
+        alphas = group_at(grid.tensors["alphas"], self.group, column, axis=-2)
+        offset = group_at(grid.tensors["offset"], self.group, column)
+        return Grid(replace(self, group=alone(self.group)), {"alphas": alphas, "offset": offset})
 
     def _stored(self, numbers: Tensor) -> Tensor:
         """In the stored dtype, cut where a sum of them could overflow."""

@@ -1,8 +1,8 @@
 """Codebooks: a few numbers, as uneven as the weights, and the index of one for each element."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import sympy
 import torch
@@ -13,6 +13,7 @@ from sparc.encoding.grid import Grid
 from sparc.encoding.groups import (
     Group,
     ScaleDtype,
+    alone,
     bad_option,
     check_group,
     check_scale_dtype,
@@ -78,6 +79,10 @@ class Codebook(ScaledEncoding):
     def grid_names(self) -> tuple[str, ...]:
         """Table, if it was made for the matrix, and scale, if there is one."""
         return ("table",) * (self.kind == "kmeans") + ("scale",) * (self.group != "none")
+
+    def ungrouped(self) -> Self:
+        """One scale a row, if there are any."""
+        return self if self.group == "none" else replace(self, group=alone(self.group))
 
     # fitting --------------------------------------------------------------------------------------------------------
     def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: bool = False) -> Grid:

@@ -45,6 +45,10 @@ class Dense(ElementEncoding):
         """The grid of all numbers."""
         return Grid(self)
 
+    def at_column(self, grid: Grid, column: int) -> Grid:
+        """The grid of all numbers."""
+        return grid
+
     def codes(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The elements, in the stored dtype."""
         return saturate(weight, getattr(torch, self.dtype))

@@ -1,13 +1,14 @@
 """8-bit floats with a scale: more range and fewer steps than 8-bit integers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import sympy
 import torch
 from torch import Tensor
 
-from sparc.encoding.groups import Group, ScaleDtype, check_group, check_scale_dtype, group_count, stored_scale
+from sparc.encoding.groups import Group, ScaleDtype, alone, check_group, check_scale_dtype, group_count, stored_scale
 from sparc.encoding.scaled import ScaledEncoding
 
 E4M3_MAX = 448.0
@@ -56,6 +57,10 @@ class Float8(ScaledEncoding):
     def grid_names(self) -> tuple[str, ...]:
         """Scale."""
         return ("scale",)
+
+    def ungrouped(self) -> Self:
+        """One scale a row."""
+        return replace(self, group=alone(self.group))
 
     def nearest(self, numbers: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """E4M3 bit patterns."""

@@ -65,6 +65,23 @@ def column(per_group: Tensor) -> Tensor:
     return per_group.float().unsqueeze(-1)
 
 
+def group_at(per_group: Tensor, group: Group, column: int, axis: int = -1) -> Tensor:
+    """What a grid tensor `[..., out, groups]` says of one column, as a tensor of one group.
+
+    Args:
+        per_group: a grid's tensor.
+        group: how many columns share an entry.
+        column: which one.
+        axis: the axis of groups.
+    """
+    return per_group.narrow(axis, column // group, 1) if isinstance(group, int) else per_group
+
+
+def alone(group: Group) -> Group:
+    """How a single column is grouped that was cut out of a matrix with such groups."""
+    return "channel" if isinstance(group, int) else group
+
+
 def group_count(shape: Sequence["int | sympy.Expr"], group: Group) -> sympy.Expr:
     """How many groups a matrix of this shape, which may be symbolic, has."""
     if group == "tensor":

@@ -1,7 +1,7 @@
 """Integer grids: `code * scale`, `(code - zero) * scale` or `code * scale + minimum`, per tensor, channel or group."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import sympy
@@ -15,10 +15,12 @@ from sparc.encoding.grid import Grid
 from sparc.encoding.groups import (
     Group,
     ScaleDtype,
+    alone,
     bad_option,
     check_group,
     check_scale_dtype,
     column,
+    group_at,
     group_count,
     grouped,
     stored_scale,
@@ -135,6 +137,11 @@ class IntGrid(ElementEncoding):
     def stored_zero(self, zero: Tensor) -> Tensor:
         """Zero points as stored: rounded, and cut to the codes."""
         return torch.round(zero).clamp(self.low, self.high).to(self.code_dtype)
+
+    def at_column(self, grid: Grid, column: int) -> Grid:
+        """The column's scales and zero points or minima."""
+        tensors = {name: group_at(tensor, self.group, column) for name, tensor in grid.tensors.items()}
+        return Grid(replace(self, group=alone(self.group)), tensors)
 
     # codes ----------------------------------------------------------------------------------------------------------
     def codes(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -3,13 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from sparc.encoding.base import ElementEncoding, saturate
 from sparc.encoding.grid import Grid
-from sparc.encoding.groups import Group, column, grouped, magnitudes, ungrouped, why_no_matrix
+from sparc.encoding.groups import Group, column, group_at, grouped, magnitudes, ungrouped, why_no_matrix
 
 FACTORS = tuple(0.7 + 0.05 * step for step in range(17))  # what a search multiplies a group's greatest magnitude by
 
@@ -50,6 +51,17 @@ class ScaledEncoding(ElementEncoding):
     def accepts(self, shape: Sequence[int]) -> str | None:
         """Any matrix with at least one element."""
         return why_no_matrix(shape)
+
+    def at_column(self, grid: Grid, column: int) -> Grid:
+        """The column's scale; what belongs to the whole matrix stays."""
+        tensors = dict(grid.tensors)
+        if "scale" in tensors:
+            tensors["scale"] = group_at(tensors["scale"], self.columns, column)
+        return Grid(self.ungrouped(), tensors)
+
+    def ungrouped(self) -> Self:
+        """The encoding of a single column; its own groups, if it has any, are one."""
+        return self
 
     def codes(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The codes nearest to `w / scale`, computed in float32; NaN is taken for 0."""
