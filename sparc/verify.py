@@ -209,12 +209,12 @@ def is_resized(before: Program, after: Program) -> bool:
 
 
 def _resized(before: Program, after: Program, entry: str) -> set[str]:
-    """The values that have another shape than before, by name."""
+    """The values and weights that have another shape than before, by name."""
     old = {node.name: tensor_type(node) for node in before.entries[entry].graph.nodes}
     found = set()
     for node in after.entries[entry].graph.nodes:
         was, now = old.get(node.name), tensor_type(node)
-        if node.op != "get_attr" and was is not None and now is not None and not same_shape(was.shape, now.shape):
+        if was is not None and now is not None and not same_shape(was.shape, now.shape):
             found.add(node.name)
     return found
 

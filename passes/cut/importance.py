@@ -1,8 +1,8 @@
-"""What the units of dependency groups are worth: four measures, each one number for a unit, from what coupled weights hold.
+"""What the units of dependency groups are worth, by what coupled weights hold: four measures, a number for each unit.
 
-They are sums over a unit's own weights, and means over the group's members (Torch-Pruning, Fang et al. 2023, section 4.2):
-the rows and filters that make a unit, the columns that read it, and the gains of norms. Biases and running statistics
-say nothing of it.
+They are sums over a unit's own weights, and means over the group's members (Torch-Pruning, Fang et al. 2023, section
+4.2): the rows and filters that make a unit, the columns that read it, and the gains of norms. Biases and running
+statistics say nothing of it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,9 +61,8 @@ def magnitude(program: Program, group: Group) -> Tensor:
 
 # activations ---------------------------------------------------------------------------------------------------------
 def readers(group: Group) -> Iterator[tuple[Contraction, fx.Node, int]]:
-    """The products of a weight with the group's channels: the product, what it reads, and that value's axis from the end.
-
-    A value whose channels lie along several of its axes is left out.
+    """The products of a weight with the group's channels: the product, what it reads, and that value's axis, counted
+    from the end. A value whose channels lie along several of its axes is left out.
     """
     for reader in group.contractions:
         if reader.weight is None:
@@ -97,9 +96,9 @@ def activation_watches(group: Group) -> Iterator[tuple[fx.Node, str]]:
 
 
 def activation(program: Program, group: Group, statistics: Statistics) -> Tensor | str:
-    """`I_k = mean over readers of sum_c E[x_c^2] |W[:, c]|^2` over the columns c of a unit: how much of what its readers
-    compute comes from it (Wanda's score, Sun et al. 2023, summed over a unit). It is also the diagonal of the layer
-    Hessian for these columns.
+    """`I_k = mean over readers of sum_c E[x_c^2] |W[:, c]|^2` over the columns c of a unit: how much of what its
+    readers compute comes from it (Wanda's score, Sun et al. 2023, summed over a unit), and what the diagonal of the
+    layer's Hessian says its loss would be.
 
     For experts: the mean number of rows that are sent to each.
 
@@ -130,8 +129,8 @@ def _key(reader: Contraction) -> tuple[str, int]:
 
 # gradients -----------------------------------------------------------------------------------------------------------
 def taylor(weight: Tensor, gradient: Tensor, member: Member) -> Tensor:
-    """`|sum w dL/dw|` over a unit's weights: the change of the loss, to first order, when they become zero (Molchanov et
-    al. 2019, section 3.1; summed before the absolute value, as of one variable), `[units]` float64.
+    """`|sum w dL/dw|` over a unit's weights: the change of the loss, to first order, when they become zero (Molchanov
+    et al. 2019, section 3.1; summed before the absolute value, as of one variable), `[units]` float64.
     """
     return per_unit(weight.double() * gradient, member).abs()
 

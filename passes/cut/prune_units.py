@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from sparc import codes
+from sparc.analysis.coupling_rules import KERNEL_POSITION
 from sparc.analysis.dependency import KINDS, Group, groups
 from sparc.analysis.sites import find_sites
 from sparc.contract import Approximate
@@ -36,11 +37,11 @@ RANKINGS = ("group", "global")
 class PruneUnits(Pass):
     """The least important units of dependency groups are removed: rows, columns, filters, heads, experts and all.
 
-    A group (`sparc.analysis.dependency`) is what can only be removed together, found from the operators alone (DepGraph,
-    Fang et al. 2023). A step's selector claims a group when it selects a weight among its members. What is left is an
-    ordinary smaller program. It computes what the program with zeros in place of the removed weights does, which is why
-    units that a norm or a softmax takes a statistic of are left alone, with the reason; experts are an exception, since
-    a removed one counts as never chosen.
+    A group (`sparc.analysis.dependency`) is what can only be removed together, found from the operators alone
+    (DepGraph, Fang et al. 2023). A step's selector claims a group when it selects a weight among its members. What is
+    left is an ordinary smaller program, which computes what the program with zeros in place of the removed weights
+    does. So units that a norm or a softmax takes a statistic of are left alone, with the reason; but for experts, of
+    which a removed one counts as never chosen.
 
     Args:
         kinds: which units: `neuron`, `channel`, `head` (with grouped queries: a head of keys and values with its
@@ -117,13 +118,15 @@ class PruneUnits(Pass):
         for group, score in zip(candidates, self._scores(program, context, candidates), strict=True):
             if isinstance(score, str) or not bool(torch.isfinite(score).all()):
                 why = score if isinstance(score, str) else "their importance is not a number"
-                context.skip(group.name, f"its {group.kind}s stay: {why}")
+                context.skip(group.name, f"its units stay ({group.kind}): {why}")
             else:
                 scores[group] = score
         chosen = choose(scores, self.keep, self.ranking, self.multiple)
         if self.keep < 1:
             for group in [group for group in scores if group not in chosen]:
-                context.skip(group.name, f"its {group.units} {group.kind}s stay: the nearest allowed number is all")
+                context.skip(
+                    group.name, f"its {group.units} units stay ({group.kind}): the nearest allowed number is all"
+                )
         kept = {group: units for group, units in chosen.items() if context.edit()}
         if not kept:
             return
@@ -143,8 +146,8 @@ class PruneUnits(Pass):
             why = group.frozen or (group.statistic if group.kind != "expert" else "")
             if not why:
                 yield group
-            elif not silent:
-                context.skip(group.name, f"its {group.kind}s stay: {why}")
+            elif not silent and why != KERNEL_POSITION:
+                context.skip(group.name, f"its units stay ({group.kind}): {why}")
 
     def _scores(self, program: Program, context: PassContext, found: list[Group]) -> list[Tensor | str]:
         """For each group the importance of its units, `[units]` float64, or why there is none."""
@@ -162,6 +165,6 @@ class PruneUnits(Pass):
     def _note(self, context: PassContext, group: Group, units: Tensor) -> None:
         where = location(group.contractions[0].node if group.contractions else group.values[0][0])
         gone = group.units - len(units)
-        what = f"{gone} of {group.units} {group.kind}s of {group.name} were removed"
+        what = f"{gone} of {group.units} units of {group.name} were removed ({group.kind})"
         why = f"by {self.importance}" + (", and what reads them was refitted" if self.compensate else "")
         context.diagnostics.remark(codes.UNITS_PRUNED, what, where=where, why=why)

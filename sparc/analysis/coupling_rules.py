@@ -11,7 +11,7 @@ from sparc.analysis.coupling import Axes, Contraction, Coupling, Rule
 from sparc.analysis.coupling_layout import LAYOUT
 from sparc.analysis.mixtures import routing
 
-_KERNEL = "it is a kernel's position"
+KERNEL_POSITION = "it is a kernel's position"
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
@@ -95,7 +95,7 @@ def _convolution(transposed: bool) -> Rule:
         place = len(axes) - len(kernel) + 1
         read, written = (0, 1) if transposed else (1, 0)
         for axis in (*kernel[2:], *axes[place + 1 :]):
-            freeze(axis, _KERNEL)
+            freeze(axis, KERNEL_POSITION)
         out = kernel[written]
         if count == 1:
             state.contract(node, (x, place), (weight, read))
@@ -106,7 +106,7 @@ def _convolution(transposed: bool) -> Rule:
         state.hints += [(out, "channel"), (axes[place], "channel")]
         for axis in state.of(given.get("bias")):
             unify(axis, out)
-        made = tuple(channels(size, _KERNEL) for size in node.meta["val"].shape[place + 1 :])
+        made = tuple(channels(size, KERNEL_POSITION) for size in node.meta["val"].shape[place + 1 :])
         return (*axes[:place], out, *made)
 
     return rule
