@@ -391,10 +391,7 @@ LAYOUT: dict[str, Rule] = {
     **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like"], prefix),
     **dict.fromkeys(["arange", "linspace", "scalar_tensor"], _counted),
     **dict.fromkeys(["max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d"], spatial(1)),
-    **dict.fromkeys(
-        ["max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"],
-        spatial(2),
-    ),
+    **dict.fromkeys(["max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"], spatial(2)),
     **dict.fromkeys(["upsample_bilinear2d", "upsample_bicubic2d"], spatial(2)),
     **dict.fromkeys(["max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "upsample_nearest3d"], spatial(3)),
     "max_pool2d_with_indices": _several(2),
