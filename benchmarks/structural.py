@@ -35,8 +35,8 @@ from sparc.passes.round import Round
 
 THREADS = 2
 KEPT = (0.75, 0.5, 0.25)
-PAIRS = {"ONNX Runtime": 20, "eager torch": 10}
-SENTENCES, CROPS, BATCHES = 96, 80, 4
+PAIRS = {"ONNX Runtime": 15, "eager torch": 8}
+SENTENCES, CROPS, BATCHES = 64, 60, 3
 MODELS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "smollm2": smollm2.smollm2,
     "minilm": minilm.minilm,
@@ -81,7 +81,7 @@ def time_model(model: str) -> dict[str, Any]:
                 lambda small=small: small.program.run_flat(flat),  # type: ignore[misc]
                 f"{kept:g}",
                 pairs=PAIRS["eager torch"],
-                budget=60,
+                budget=30,
             )
             figures[f"{kept:g}"] = {"bytes": share, "eager torch": asdict(eager)}
         contenders = {f"{kept:g}": files[kept] for kept in KEPT}

@@ -77,13 +77,14 @@ def fit(entry: "Entry", tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Args:
         entry: the entry as it is now.
-        tensors: one for each placeholder, with the shapes of the captured model.
+        tensors: one for each placeholder, with the shapes of the captured model; what is cut already stays.
     """
     slots = {slot.input: slot for slot in entry.cache.slots if slot.kept} if entry.cache is not None else {}
     fitted = []
     for name, tensor in zip(entry.signature.input_names, tensors, strict=True):
         for axis, places in slots[name].kept if name in slots else ():
-            tensor = tensor.index_select(axis, torch.tensor(places))
+            if tensor.shape[axis] != len(places):
+                tensor = tensor.index_select(axis, torch.tensor(places))
         fitted.append(tensor)
     return fitted
 

@@ -1,9 +1,10 @@
 """Heads of keys and values that are cut: the cache has another shape, and generation goes on with it."""
 
 import json
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ import sparc
 from sparc.analysis.dependency import groups
 from sparc.artifact import Artifact
 from sparc.cache import CacheSlot, fit
-from sparc.diag import ArtifactError, Diagnostics, LoweringError
+from sparc.contract import Approximate
+from sparc.diag import ArtifactError, Diagnostics, LoweringError, VerifyError
+from sparc.differences import layer_differences
+from sparc.driver import Driver
 from sparc.encoding.int_grid import IntGrid
 from sparc.generation.genai import genai_config
-from sparc.pass_base import PassContext
+from sparc.pass_base import Pass, PassContext, Samples, Stage
 from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.coalesce.units import obstacle
 from sparc.passes.cut import cut, cut_groups, mask
@@ -165,3 +169,42 @@ def test_genai_is_told_the_smaller_cache() -> None:
     )  # fmt: skip
     with pytest.raises(LoweringError, match="equal heads in all layers"):
         genai_config(uneven)
+
+
+def test_calls_of_the_whole_model_fit() -> None:
+    program, flat = captured("llama")
+    small = program.clone()
+    (head, *_) = [group for group in groups(small) if group.kind == "head"]
+    cut(small, head, [1])
+    given = fit(small.main, flat)
+    assert [tensor.shape[1] for tensor in given[4:6]] == [1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(given, fit(small.main, given), strict=True))
+    assert torch.equal(given[4], flat[4][:, 1:])
+    found = {each.name for each in layer_differences(program, small, flat)}
+    assert "linear_6" in found  # down_proj of the first layer
+    assert "linear" not in found  # q_proj
+
+
+@dataclass(frozen=True)
+class Forget(Pass):
+    """It says that a head of the cache is gone, which is there."""
+
+    name: ClassVar[str] = "forget"
+    stage: ClassVar[Stage] = Stage.CUT
+    scope: ClassVar[str] = "program"
+
+    @property
+    def contract(self) -> Approximate:
+        return Approximate()
+
+    def run(self, program: Program, context: PassContext) -> None:
+        cache = program.main.cache
+        assert cache is not None
+        program.main.cache = replace(cache, slots=(cache.slots[0].cut(1, [0]), *cache.slots[1:]))
+
+
+def test_a_cache_that_is_not_what_it_says_is_refused() -> None:
+    program, flat = captured("llama")
+    samples = {"forward": [list(flat)]}
+    with pytest.raises(VerifyError, match="SPARC304"):
+        Driver(program, Samples(samples, samples)).run(Forget())
