@@ -10,9 +10,8 @@ nothing is trained after pruning. Figures go to `benchmarks/results/structural-M
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,19 +23,24 @@ import sparc
 from benchmarks.results import FOLDER, ratio_text, save
 from benchmarks.timing import compare
 from examples.models import efficientnet, evaluate, images, minilm, smollm2, texts
+from sparc.calibration import Calibration
+from sparc.capture import capture
+from sparc.driver import Driver
 from sparc.encoding.int_grid import IntGrid
 from sparc.measure import paired_ratio
-from sparc.pass_base import Pass
+from sparc.pass_base import Pass, PassContext, Samples
 from sparc.passes.activation.correct import CorrectBias
 from sparc.passes.activation.static import CalibrateActivations
 from sparc.passes.cut.prune_units import IMPORTANCES, PruneUnits
 from sparc.passes.recipes import prepare
 from sparc.passes.round import Round
+from sparc.program import Program
+from sparc.samples import bind
 
 THREADS = 2
 KEPT = (0.75, 0.5, 0.25)
 PAIRS = {"ONNX Runtime": 15, "eager torch": 8}
-SENTENCES, CROPS, BATCHES = 64, 60, 3
+SENTENCES, CROPS, BATCHES, GRADIENTS = 64, 60, 8, 3
 MODELS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "smollm2": smollm2.smollm2,
     "minilm": minilm.minilm,
@@ -90,30 +94,72 @@ def time_model(model: str) -> dict[str, Any]:
     return figures
 
 
-def measured(model: str, artifact: sparc.Artifact) -> dict[str, float]:
+@dataclass(frozen=True)
+class Prepared:
+    """A canonical program, its calibration data, and statistics that all lines share.
+
+    Args:
+        program: is not changed.
+        batches: flat inputs.
+        found: statistics, by a node's name and a kind.
+    """
+
+    program: Program
+    batches: list[list[Tensor]]
+    found: Mapping[tuple[str, str], Any]
+
+
+def prepared(model: str) -> Prepared:
+    """The model behind the canonical program, with what `activation` and refitting look at."""
+    given = MODELS[model]()
+    program = capture(given["model"], given["example_inputs"], dynamic=given["dynamic"])
+    data = given["data"]
+    batches = [bind(program, item) for item in list(data() if callable(data) else data)[:BATCHES]]
+    driver = Driver(program, Samples({"forward": batches[:1]}, {"forward": batches}), verify="types")
+    for step in prepare():
+        driver.run(step)
+    watched = driver.program.clone()
+    watches = list(PruneUnits(importance="activation", compensate=True).watches(watched, PassContext()))
+    statistics = Calibration(watched, {"forward": batches}).gather_all(watches)
+    return Prepared(driver.program, batches, {(node.name, kind): statistics(node, kind) for node, kind in watches})
+
+
+def pruned(ready: Prepared, step: PruneUnits, *others: Pass) -> Program:
+    """The program after pruning and maybe other passes."""
+    program = ready.program.clone()
+    few = {"forward": ready.batches[:GRADIENTS]}
+    context = PassContext(statistics=lambda node, kind: ready.found[node.name, kind], calibration=few)
+    step.run(program, context)
+    program.sweep()
+    driver = Driver(program, Samples({"forward": ready.batches[:1]}, few), verify="types")
+    for other in others:
+        driver.run(other)
+    return driver.program
+
+
+def measured(model: str, program: Program) -> dict[str, float]:
     """How close outputs are to the whole model's, on data that calibration never sees."""
     if model == "minilm":
         chosen = texts.held_out_sentences()[:SENTENCES]
-        sentences = evaluate.compare_sentences(artifact, minilm.load(), chosen)
+        sentences = evaluate.compare_sentences(program.run, minilm.load(), chosen)
         return {"cosine mean": sentences.mean_cosine, "same neighbour": sentences.same_neighbour}
-    crops = images.held_out_crops()[:: max(1, 430 // CROPS)][:CROPS]
-    score = evaluate.compare_images(artifact, efficientnet.load(), crops)
+    crops = images.held_out_crops()[:: 430 // CROPS][:CROPS]
+    score = evaluate.compare_images(program.run, efficientnet.load(), crops)
     return {"top-1 agreement": score.top1_agreement, "logit cosine": score.mean_cosine}
 
 
-def lines(model: str) -> dict[str, tuple[Pass, ...]]:
-    """The recipes that are compared, by name."""
+def lines(model: str) -> dict[str, tuple[PruneUnits, tuple[Pass, ...]]]:
+    """The recipes that are compared, by name: what prunes, and what follows."""
     keep = QUALITY[model]
-    found: dict[str, tuple[Pass, ...]] = {}
+    found: dict[str, tuple[PruneUnits, tuple[Pass, ...]]] = {}
     for importance in IMPORTANCES:
         for compensate in (False, True):
             step = PruneUnits(keep=keep, importance=importance, compensate=compensate)
-            found[importance + (", refitted" if compensate else "")] = (step,)
+            found[importance + (", refitted" if compensate else "")] = step, ()
     best = PruneUnits(keep=keep, importance="activation", compensate=True)
-    everywhere = PruneUnits(keep=keep, importance="activation", ranking="global", compensate=True)
-    found["activation, global, refitted"] = (everywhere,)
+    found["activation, global, refitted"] = replace(best, ranking="global"), ()
     rounded = (Round(IntGrid(8)), *((CalibrateActivations(), CorrectBias()) if model == "efficientnet" else ()))
-    found["activation, refitted, int8"] = (best, *rounded)
+    found["activation, refitted, int8"] = best, rounded
     return found
 
 
@@ -140,15 +186,11 @@ def quality(models: Names = None) -> None:
     """Compare importances, with and without refitting."""
     torch.set_num_threads(THREADS)
     for model in models or QUALITY:
-        given = MODELS[model]()
-        data = given["data"]
-        given["data"] = list(data() if callable(data) else data)[:BATCHES]
-        for name, steps in lines(model).items():
-            started = time.perf_counter()
-            artifact = compiled(given, *steps, target="reference")
-            figures = {"bytes": artifact.ledger.summary.file_bytes / artifact.ledger.summary.dense_bytes}
-            seconds = time.perf_counter() - started
-            _write(model, f"keep {QUALITY[model]:g}", name, {**figures, **measured(model, artifact), "s": seconds})
+        ready = prepared(model)
+        for name, (step, others) in lines(model).items():
+            program = pruned(ready, step, *others)
+            share = program.weights.nbytes / ready.program.weights.nbytes
+            _write(model, f"keep {QUALITY[model]:g}", name, {"weights": share, **measured(model, program)})
 
 
 def tables() -> str:
@@ -165,7 +207,7 @@ def tables() -> str:
             text.append(f"| {model} | {kept} | {share} | {cells[0]} | {cells[1]} |")
     for model, keep in QUALITY.items():
         rows = found[model].get(f"keep {keep:g}", {})
-        names = [name for name in next(iter(rows.values()), {}) if name != "s"]
+        names = list(next(iter(rows.values()), {}))
         if names:
             text += ["", f"| {model}, {keep:.0%} of the units | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
             text += [f"| {line} | {' | '.join(f'{row[name]:.3f}' for name in names)} |" for line, row in rows.items()]

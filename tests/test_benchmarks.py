@@ -85,14 +85,14 @@ def test_structural_figures_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(structural, "FOLDER", tmp_path)
     ratio = {"median": 1.5, "low": 1.4, "high": 1.61}
     timed = {"0.5": {"bytes": 0.5, "eager torch": ratio, "ONNX Runtime": ratio}, "control": {"ONNX Runtime": ratio}}
-    line = {"bytes": 0.8, "cosine mean": 0.9, "s": 3.0}
+    line = {"weights": 0.8, "cosine mean": 0.9}
     figures = {"latency": timed, "keep 0.75": {"magnitude": line}}
     (tmp_path / "structural-minilm.json").write_text(json.dumps({"machine": {}, **figures}))
     rows = structural.tables().splitlines()
     assert "| minilm | 0.5 | 50.0% | 1.50 [1.40, 1.61] | 1.50 [1.40, 1.61] |" in rows
     assert "| minilm | control |  | 1.50 [1.40, 1.61] |  |" in rows
     assert rows[-3:] == [
-        "| minilm, 75% of the units | bytes | cosine mean |",
+        "| minilm, 75% of the units | weights | cosine mean |",
         "|---|---|---|",
         "| magnitude | 0.800 | 0.900 |",
     ]
