@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
+from sparc.encoding.unstructured import Unstructured
 from sparc.pass_base import Pass
+from sparc.passes.equalize.awq import Awq
 from sparc.passes.prune import Prune
+from sparc.passes.rotate import Rotate
 from sparc.passes.round import Round
 from sparc.recipe import Step
 
 Steps = Sequence[Pass | Step]
+HALF = Unstructured()
 INNER = ("*", "!@embedding")
 """Products; a head that is tied to an embedding stays as it is."""
 
@@ -22,21 +26,39 @@ def _grid(bits: int) -> IntGrid:
     return IntGrid(bits, group=64, symmetric=False)
 
 
+def _swept(bits: int) -> Round:
+    return Round(_grid(bits), fit="search", importance="data", method="gptq")
+
+
 def _transformer() -> dict[str, Steps]:
     found: dict[str, Steps] = {"float32": ()}
     for bits in (4, 3, 2):
         found |= {
             f"int{bits}, to nearest": _inner(Round(_grid(bits))),
-            f"int{bits}, to nearest, searched": _inner(Round(_grid(bits), search=True, importance="data")),
+            f"int{bits}, to nearest, searched": _inner(Round(_grid(bits), fit="search", importance="data")),
+            f"int{bits}, AWQ": _inner(Awq(_grid(bits)), Round(_grid(bits), fit="search", importance="data")),
             f"int{bits}, GPTQ": _inner(Round(_grid(bits), method="gptq")),
-            f"int{bits}, GPTQ, searched": _inner(Round(_grid(bits), search=True, importance="data", method="gptq")),
+            f"int{bits}, GPTQ, searched": _inner(_swept(bits)),
+            f"int{bits}, AWQ, GPTQ, searched": _inner(Awq(_grid(bits)), _swept(bits)),
+            f"int{bits}, rotated, GPTQ, searched": (Rotate(), *_inner(_swept(bits))),
         }
     found |= {
         "2:4, magnitude": _inner(Prune(NM(2, 4))),
-        "2:4, Wanda": _inner(Prune(NM(2, 4), importance="data")),
-        "2:4, SparseGPT": _inner(Round(NM(2, 4), method="gptq")),
+        "2:4, Wanda": _inner(Prune(NM(2, 4), method="wanda")),
+        "2:4, Wanda, DSnoT": _inner(Prune(NM(2, 4), method="wanda", refine=True)),
+        "2:4, SparseGPT": _inner(Prune(NM(2, 4), method="sparsegpt")),
+        "2:4, SparseGPT, DSnoT": _inner(Prune(NM(2, 4), method="sparsegpt", refine=True)),
+        "50%, magnitude": _inner(Prune(HALF, density=0.5)),
+        "50%, Wanda": _inner(Prune(HALF, density=0.5, method="wanda")),
+        "50%, Wanda, DSnoT": _inner(Prune(HALF, density=0.5, method="wanda", refine=True)),
+        "50%, SparseGPT": _inner(Prune(HALF, density=0.5, method="sparsegpt")),
+        "50%, SparseGPT, mixed": _inner(
+            Prune(HALF, density=0.5, method="sparsegpt", criterion="isc", allocation="sensitivity")
+        ),
+        "2:4, SparseGPT, then int8": _inner(Prune(NM(2, 4), method="sparsegpt"), Round(IntGrid(8))),
+        "2:4, SparseGPT, then int4 by GPTQ": _inner(Prune(NM(2, 4), method="sparsegpt"), _swept(4)),
         "2:4 and int4, SparseGPT and GPTQ in one sweep": _inner(
-            Round(NM(2, 4, of=_grid(4)), search=True, importance="data", method="gptq")
+            Round(NM(2, 4, of=_grid(4)), fit="search", importance="data", method="gptq")
         ),
     }
     return found

@@ -15,7 +15,7 @@ def main() -> None:
     torch.manual_seed(0)
     recipe = Recipe(
         steps=(
-            Step(Round(IntGrid(bits=4, group=32, symmetric=False), search=True)),
+            Step(Round(IntGrid(bits=4, group=32, symmetric=False), fit="search")),
             Step(Round(IntGrid(bits=8)), where="layers.4"),
             Step(Encode()),
         ),

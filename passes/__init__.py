@@ -23,6 +23,7 @@ def extension() -> Extension:
     from sparc.passes.cut.prune_units import PruneUnits
     from sparc.passes.decode import Decode
     from sparc.passes.encode import Encode
+    from sparc.passes.equalize.awq import Awq
     from sparc.passes.equalize.equalize import Equalize
     from sparc.passes.equalize.smooth import Smooth
     from sparc.passes.fold import (
@@ -34,7 +35,8 @@ def extension() -> Extension:
         fold_shared,
         fold_table,
     )
-    from sparc.passes.prune import Prune
+    from sparc.passes.low_rank import LowRank
+    from sparc.passes.prune import PermuteChannels, Prune
     from sparc.passes.recipes import recipes
     from sparc.passes.rotate import Rotate
     from sparc.passes.round import Compensate, Round
@@ -53,7 +55,7 @@ def extension() -> Extension:
     stacks = (coalesce_parallel, stack_projections)
     exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, *stacks)
     cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks, PruneUnits)
-    moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Prune)
+    moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Awq, LowRank, PermuteChannels, Prune)
     activations = (SplitMinimum, QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, *cuts, *moves, Round, Compensate, *activations, Encode)
     return Extension("sparc", passes=passes, encodings=tuple(BUILTIN.values()), recipes=recipes())

@@ -65,7 +65,7 @@ def recipes() -> dict[str, Recipe]:
         "w8": _recipe("w8", Round(INT8)),
         "w4": _recipe(
             "w4",
-            Round(INT4, search=True, importance="data", finer=INT8, budget=W4_BUDGET),
+            Round(INT4, fit="search", importance="data", finer=INT8, budget=W4_BUDGET),
             Step(Round(INT8), where="@embedding"),
         ),
         "w8a8": _recipe("w8a8", Smooth(), Round(INT8), QuantizeActivations()),

@@ -374,7 +374,7 @@ def _region_text(graph: fx.Graph) -> list[str]:
 
 
 def restore_site(before: Program, after: Program, entry: str, name: str) -> fx.Node:
-    """Give a node of `after` the inputs and weights it had in `before`; returns the node."""
+    """Give a node of `after` the operator, the inputs and the weights it had in `before`; returns the node."""
     new = {node.name: node for node in after.entries[entry].graph.nodes}
     old = next(node for node in before.entries[entry].graph.nodes if node.name == name)
 
@@ -386,6 +386,7 @@ def restore_site(before: Program, after: Program, entry: str, name: str) -> fx.N
         return new[used.name]
 
     node = new[name]
+    node.target = old.target
     node.args = fx.node.map_arg(old.args, translate)
     node.kwargs = fx.node.map_arg(old.kwargs, translate)
     after.entries[entry].infer(node)

@@ -117,6 +117,7 @@ class PassContext:
     Attributes:
         wide: float64 values of weights, by name, as a pass whose scope is the program computed them before they were
             rounded to their dtype: the whole program is then checked with them, to 1e-9.
+        memory: what a pass keeps from block to block.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class PassContext:
         self.skips: dict[SkipRow, None] = {}
         self.rewrites: list[Rewrite] = []
         self.wide: dict[str, Tensor] = {}
+        self.memory: dict[str, Any] = {}
         self._claims = claims
 
     def sites(self, program: Program) -> Iterator[Site]:

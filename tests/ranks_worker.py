@@ -50,7 +50,7 @@ def found() -> dict[str, Tensor]:
             result = statistics(node, kind)
             parts = [result] if isinstance(result, Tensor) else [torch.as_tensor(part) for part in result]
             tensors |= {f"{place}.{kind}.{index}": part.contiguous() for index, part in enumerate(parts)}
-    steps = [*prepare(), Round(IntGrid(3, group=8), search=True, importance="data", method="gptq")]
+    steps = [*prepare(), Round(IntGrid(3, group=8), fit="search", importance="data", method="gptq")]
     artifact = sparc.compile(model, data[0], recipe=steps, data=data, target="reference", measure=False)
     return tensors | {name: artifact.program.weights[name].contiguous() for name in artifact.program.weights}
 

@@ -1,8 +1,9 @@
 """Channel classes: values that can only be rescaled together, channel by channel.
 
-A *writer* (linear, convolution, gain of a norm) starts a class for what it writes. Operators that commute with a
-positive factor per channel (relu, add, pooling, ...) pass it on, joining the classes of what they add. A *reader*
-(linear, convolution) ends it: the factor can be undone in its columns. Whatever else reads a value freezes its class.
+A *writer* (linear or a piece of one, convolution, gain of a norm or of a multiplication) starts a class for what it
+writes. Operators that commute with a positive factor per channel (relu, add, pooling, ...) pass it on, joining the
+classes of what they add. A *reader* (linear, convolution) ends it: the factor can be undone in its columns. Whatever
+else reads a value freezes its class.
 """
 
 from collections.abc import Iterator
@@ -13,13 +14,17 @@ import torch
 from torch import Tensor, fx
 
 from sparc.analysis.features import packet
+from sparc.analysis.values import tensor_type
+from sparc.passes.rotate.heads import piece_of
 from sparc.program import Program, is_weight, weight_nodes
 
 aten = torch.ops.aten
 
 PRODUCTS = (aten.linear, aten.conv1d, aten.conv2d, aten.conv3d)
 NORMS = {aten.layer_norm: (2, 3), aten.rms_norm: (2,)}
-_POINTWISE = frozenset({aten.relu, aten.leaky_relu, aten.dropout, aten.clone, aten.contiguous, aten.neg, aten.abs})
+_POINTWISE = frozenset(
+    {aten.relu, aten.leaky_relu, aten.dropout, aten.clone, aten.contiguous, aten.neg, aten.abs, aten.to}
+)
 _SPATIAL = frozenset({aten.max_pool2d, aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.upsample_nearest2d})
 
 
@@ -30,7 +35,7 @@ class ChannelClass:
     Args:
         size: how many channels.
         values: the values, with the axis of their channels.
-        writers: the products and norms that write them.
+        writers: the products, pieces of products, norms and multiplications that write them.
         readers: the products that read them.
         frozen: why they cannot be rescaled; empty when they can.
     """
@@ -80,13 +85,16 @@ class Classes:
             self._join(node)
         elif kind in (aten.mul, aten.div):
             self._factor(node)
+        elif (part := piece(node)) is not None and self._owns(part[0]):
+            self._start(node, -1)
         elif not self._pass_on(node):
             self._freeze(node, node.all_input_nodes)
 
     def _product(self, node: fx.Node) -> None:
         x, axis = node.args[0], -1 if packet(node) is aten.linear else 1
         if not self._owns(node):
-            self._freeze(node, node.all_input_nodes, "its weight or bias is computed, or used elsewhere as well")
+            self.closed[node] = "its weight or bias is computed, or used elsewhere as well"
+            self._freeze(node, node.all_input_nodes, self.closed[node])
             return
         found = self._of.get(x)  # type: ignore[arg-type]
         if found is not None and _same_axis(node, found[1], axis, _rank(x)):
@@ -121,6 +129,9 @@ class Classes:
     def _factor(self, node: fx.Node) -> None:
         """mul(a, b): the class of one of them; the other one's is frozen."""
         known = [used for used in node.all_input_nodes if used in self._of]
+        if not known and self._is_gain(node):
+            self._start(node, -1)
+            return
         kept = known[-1] if known else None
         if kept is None or (packet(node) is aten.div and node.args[0] is not kept) or node.args[0] is node.args[1]:
             self._freeze(node, known)
@@ -132,12 +143,22 @@ class Classes:
         else:
             self._put(node, found, axis)
 
+    def _is_gain(self, node: fx.Node) -> bool:
+        """mul(x, w), with one weight for each entry of the last axis."""
+        weights, shape = written(node), node.meta["val"].shape
+        if packet(node) is not aten.mul or len(weights) != 1 or len(node.all_input_nodes) != 2:
+            return False
+        return tuple(weights[0].meta["val"].shape) == tuple(shape[-1:]) and len(shape) > 1 and self._owns(node)
+
     def _pass_on(self, node: fx.Node) -> bool:
         """Whether the operator commutes with factors of its first argument's channels; then it joins that class."""
         x = node.args[0] if node.args else None
         if not isinstance(x, fx.Node) or x not in self._of or node.all_input_nodes != [x]:
             return False
         found, axis = self._of[x]
+        kind = tensor_type(node)
+        if kind is None or not kind.is_floating_point():
+            return False
         if not (packet(node) in _POINTWISE or (packet(node) in _SPATIAL and axis == 1) or _keeps_channels(node, axis)):
             return False
         self._put(node, found, axis)
@@ -156,10 +177,7 @@ class Classes:
 
     def _owns(self, node: fx.Node) -> bool:
         """Whether the weights of a writer are plain ones that nothing else reads, in any entry."""
-        for position in NORMS.get(packet(node), (1, 2)):
-            weight = _argument(node, position)
-            if weight is None:
-                continue
+        for weight in written(node):
             if not is_weight(weight):
                 return False
             graphs = [entry.graph for entry in self._program.entries.values()]
@@ -167,6 +185,37 @@ class Classes:
             if [user for read in reads for user in read.users] != [node]:
                 return False
         return True
+
+
+def piece(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The linear layer whose result a node is a piece of, and the piece's first channel, when nothing but the division
+    into pieces reads that result; None for other nodes.
+    """
+    pieces = node.args[0] if getattr(node.target, "__name__", "") == "getitem" else None
+    found = piece_of(node, pieces) if isinstance(pieces, fx.Node) else None
+    if found is None or packet(found[1]) is not aten.linear or list(found[1].users) != [pieces]:
+        return None
+    again = [user for user in pieces.users if user.args[1] == node.args[1]]  # type: ignore[union-attr]
+    return (found[1], found[0]) if again == [node] else None
+
+
+def written(writer: fx.Node) -> list[Any]:
+    """What a writer multiplies or adds for each channel: the weight and bias of a product, the gain and shift of a
+    norm, the vector of a multiplication. Of a piece, those of the whole.
+    """
+    part = piece(writer)
+    if part is not None:
+        writer = part[0]
+    if packet(writer) is aten.mul:
+        return [each for each in writer.args if is_weight(each)]
+    positions = NORMS.get(packet(writer), (1, 2))
+    return [weight for position in positions if (weight := _argument(writer, position)) is not None]
+
+
+def first_row(writer: fx.Node) -> int:
+    """The row of its weights that writes the first channel."""
+    part = piece(writer)
+    return 0 if part is None else part[1]
 
 
 def _argument(node: fx.Node, position: int) -> Any:

@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
 from sparc import codes
-from sparc.analysis.features import packet
 from sparc.contract import Bounded
 from sparc.diag import PassError
 from sparc.pass_base import Pass, PassContext, Stage
-from sparc.passes.equalize.classes import NORMS, ChannelClass, Classes
-from sparc.program import Program, is_weight
+from sparc.passes.equalize.classes import ChannelClass, first_row, written
+from sparc.passes.equalize.folds import class_fold, rescalable, rescale
+from sparc.passes.rotate.weights import Store, name_of
+from sparc.program import Program
 
 _MOST = 2.0**10
 
@@ -70,25 +71,19 @@ class Equalize(Pass):
             if extent is None:
                 context.skip(found.writers[0], "no calibration data reached it")
             elif context.edit():
-                rescale(program, found, factors(extent, columns(program, found), self.strength))
+                factor = factors(extent, columns(program, found), self.strength)
+                rescale(Store(program, context), class_fold(program, found), factor)
 
     def _classes(self, program: Program, context: PassContext) -> Iterator[ChannelClass]:
-        selected = {use.node for site in context.sites(program) for use in site.uses}
-        for entry in program.entries.values():
-            classes = Classes(program, entry.graph)
-            for reader in (node for node in classes.closed if node in selected):
-                context.skip(reader, f"its input cannot be rescaled: {classes.closed[reader]}")
-            for found in classes:
-                if not selected.intersection(found.readers):
-                    continue
-                if found.frozen:
-                    context.skip(found.readers[0], f"its input cannot be rescaled: {found.frozen}")
-                else:
-                    yield found
+        selected = [use.node for site in context.sites(program) for use in site.uses]
+        classes, refused = rescalable(program, selected)
+        for reader, why in refused.items():
+            context.skip(reader, f"its input cannot be rescaled: {why}")
+        yield from classes
 
     def _range(self, program: Program, found: ChannelClass, context: PassContext) -> Tensor | None:
         if self.ranges == "weights":
-            return torch.stack([_written(program, writer) for writer in found.writers]).amax(0)
+            return torch.stack([_written(program, writer, found.size) for writer in found.writers]).amax(0)
         if context.statistics is None:
             return None
         seen = [context.statistics(value, f"absmax:{axis}") for value, axis in found.values.items()]
@@ -115,44 +110,15 @@ def columns(program: Program, found: ChannelClass) -> Tensor:
     """`[channels]`: the largest weight that reads each channel."""
     largest = []
     for reader in found.readers:
-        weight = program.weights[_name(reader.args[1])].double().abs()
+        weight = program.weights[name_of(reader.args[1])].double().abs()
         per_input = weight.reshape(weight.shape[0], weight.shape[1], -1).amax(-1)
         groups = found.size // weight.shape[1]
         largest.append(per_input.reshape(groups, -1, weight.shape[1]).amax(1).flatten())
     return torch.stack(largest).amax(0)
 
 
-def rescale(program: Program, found: ChannelClass, factor: Tensor) -> None:
-    """Multiply what writes each channel by its factor, and divide the columns that read it.
-
-    Args:
-        program: is edited.
-        found: a class that is not frozen.
-        factor: `[channels]` float64, positive.
-    """
-    for writer in found.writers:
-        positions = NORMS.get(packet(writer), (1, 2))
-        for weight in (writer.args[position] for position in positions if len(writer.args) > position):
-            if weight is not None:
-                old = program.weights[_name(weight)]
-                shape = (-1, *[1] * (old.ndim - 1))
-                program.set_weight(_name(weight), (old.double() * factor.reshape(shape)).to(old.dtype))
-    for reader in found.readers:
-        old = program.weights[_name(reader.args[1])]
-        groups = found.size // old.shape[1]
-        each = factor.reshape(groups, 1, -1).expand(groups, old.shape[0] // groups, -1).reshape(old.shape[:2])
-        scaled = old.double() / each.reshape(*old.shape[:2], *[1] * (old.ndim - 2))
-        program.set_weight(_name(reader.args[1]), scaled.to(old.dtype))
-
-
-def _written(program: Program, writer: fx.Node) -> Tensor:
-    """`[channels]`: the largest weight that writes each channel, and its bias."""
-    positions = NORMS.get(packet(writer), (1, 2))
-    weights = [writer.args[position] for position in positions if len(writer.args) > position]
-    known = [program.weights[_name(weight)].double().abs() for weight in weights if weight is not None]
-    return torch.stack([weight.reshape(weight.shape[0], -1).amax(1) for weight in known]).amax(0)
-
-
-def _name(weight: Any) -> str:
-    assert is_weight(weight)
-    return str(weight.target)
+def _written(program: Program, writer: fx.Node, size: int) -> Tensor:
+    """`[size]`: the largest weight that writes each channel, and its bias."""
+    known = [program.weights[name_of(weight)].double().abs() for weight in written(writer)]
+    largest = torch.stack([weight.reshape(weight.shape[0], -1).amax(1) for weight in known]).amax(0)
+    return largest[first_row(writer) :][:size]

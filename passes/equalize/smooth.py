@@ -16,7 +16,8 @@ from sparc.pass_base import Pass, PassContext, Stage
 from sparc.passes.activation.insert import PER_TENSOR
 from sparc.passes.activation.noise import Rows, product_noise
 from sparc.passes.equalize.equalize import factors
-from sparc.program import Entry, Program
+from sparc.passes.rotate.weights import Store
+from sparc.program import Program
 
 aten = torch.ops.aten
 
@@ -75,7 +76,7 @@ class Smooth(Pass):
                 why = f"smoothing gains {plain - smoothed:.2g} of the power of what reads it, less than {self.gain:g}"
                 context.skip(group.sites[0].weight, why, group.sites[0].location)
             elif context.edit():
-                multiply(program, group, factor)
+                multiply(Store(program, context), group, factor)
 
 
 @dataclass
@@ -121,22 +122,22 @@ def input_groups(program: Program, context: PassContext) -> list[InputGroup]:
     return list(groups.values())
 
 
-def multiply(program: Program, group: InputGroup, factor: Tensor) -> None:
+def multiply(store: Store, group: InputGroup, factor: Tensor) -> None:
     """Multiply the value by the factors where the group's products read it, and divide their columns.
 
     Args:
-        program: is edited.
+        store: the program's weights; the program is edited.
         group: the products.
-        factor: `[channels]` float32, positive.
+        factor: `[channels]`, positive.
     """
-    entry: Entry = program.entries[group.entry]
-    first = next(node for node in entry.graph.nodes if node in group.nodes)
+    program, wide = store.program, factor.double()
+    first = next(node for node in program.entries[group.entry].graph.nodes if node in group.nodes)
     name = group.sites[0].weight.removesuffix(".weight") + "_smoothing"
-    stored = program.add_weight(name, factor.to(group.x.meta["val"].dtype), first)
-    smoothed = entry.call(aten.mul.Tensor, group.x, stored, before=first)
+    stored = program.add_weight(name, wide.to(group.x.meta["val"].dtype), first)
+    store.context.wide[str(stored.target)] = wide
+    smoothed = program.entries[group.entry].call(aten.mul.Tensor, group.x, stored, before=first)
     for node in group.nodes:
         node.replace_input_with(group.x, smoothed)
     for site in group.sites:
-        old = program.weights[site.weight]
-        divided = site.view.to_matrix(old).double() / factor.double()
-        program.set_weight(site.weight, site.view.from_matrix(divided, old.shape).to(old.dtype))
+        old = store[site.weight]
+        store.put(site.weight, site.view.from_matrix(site.view.to_matrix(old) / wide, old.shape))

@@ -1,5 +1,6 @@
 """Pruning: which weights are zero."""
 
-from sparc.passes.prune.magnitude import Prune
+from sparc.passes.prune.permute import PermuteChannels
+from sparc.passes.prune.prune import Prune
 
-__all__ = ["Prune"]
+__all__ = ["PermuteChannels", "Prune"]

@@ -131,7 +131,7 @@ def _written(program: Program, value: fx.Node, attention: fx.Node, size: int) ->
         x: Any = node.args[0] if node.args and node.op == "call_function" else None
         if not isinstance(x, fx.Node) or not isinstance(x.meta["val"], (Tensor, list, tuple)):
             raise Refusal(f"its values are written by {operator_name(node)}")
-        piece = _piece(node, x)
+        piece = piece_of(node, x)
         if piece is not None and width == shape_of(node)[-1]:
             return _packed(node, piece[1], piece[0], width)
         if not isinstance(x.meta["val"], Tensor):
@@ -155,7 +155,7 @@ def _packed(values: fx.Node, source: fx.Node, start: int, width: int) -> tuple[f
             continue
         pieces = [user] if packet(user) is aten.slice else list(user.users)
         for piece in pieces:
-            other = _piece(piece, piece.args[0])
+            other = piece_of(piece, piece.args[0])
             if other is None or other[1] is not source:
                 raise Refusal("its values are read elsewhere too")
             begin, end = other[0], other[0] + int(shape_of(piece)[-1])
@@ -164,7 +164,7 @@ def _packed(values: fx.Node, source: fx.Node, start: int, width: int) -> tuple[f
     return source, start, width
 
 
-def _piece(node: fx.Node, x: Any) -> tuple[int, fx.Node] | None:
+def piece_of(node: fx.Node, x: Any) -> tuple[int, fx.Node] | None:
     """Where a piece of the last axis begins, and what it is a piece of."""
     if packet(node) is aten.slice and isinstance(shape_of(node)[-1], int):
         arguments = normalized_arguments(node)

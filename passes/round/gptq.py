@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sparc.analysis.sites import Site
 from sparc.encoding.base import ElementEncoding, Encoding
-from sparc.encoding.compose import compose, refit
+from sparc.encoding.compose import compose
 from sparc.encoding.grid import Grid
 from sparc.encoding.mask import MaskEncoding
 from sparc.encoding.nm import NM
+from sparc.passes.round.fit import Fit, fit_grid
 from sparc.passes.round.importance import damped
 from sparc.passes.second_order.factor import Factor
 from sparc.passes.second_order.gram import reconstruction_error
@@ -54,7 +55,7 @@ def round_by_sweep(
     gram: Tensor,
     factor: Factor,
     importance: Tensor | None,
-    search: bool,
+    fit: Fit,
 ) -> tuple[Tensor, Grid]:
     """A site's weight on a grid, and the grid: an N:M mask is chosen by the sweep, any mask that exists is kept.
 
@@ -65,7 +66,7 @@ def round_by_sweep(
         gram: of the site's inputs, `[groups, reduce, reduce]`.
         factor: of `gram`; with an order that keeps m columns together where a mask of N:M is to be chosen.
         importance: `[groups, reduce]`, what a squared error costs when the grid is fitted; None for uniform.
-        search: look for the grid of least error instead of covering the range.
+        fit: how the grid is found.
     """
     old = program.weights[site.weight]
     matrix = site.view.to_matrix(old)
@@ -77,7 +78,7 @@ def round_by_sweep(
     costs = damped(importance.float()) if importance is not None else None
     if costs is not None:
         costs = costs.unsqueeze(1).expand(runs.shape).reshape(matrix.shape)
-    grid = refit(existing, matrix, encoding, importance=costs, search=search)
+    grid = fit_grid(existing, matrix, encoding, fit, costs)
     nearest = grid.spec.round(matrix, grid).reshape(runs.shape)
     column = column_of(grid, matrix.shape, masked=pattern is None)
     swept = sweep(runs, factor, column, KeepNM(pattern) if pattern is not None else None)

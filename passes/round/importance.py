@@ -25,10 +25,12 @@ def column_importance(program: Program, site: Site, context: PassContext) -> Ten
         stacked matrices that read different rows; one that got no row counts as all together. None when calibration
         measured no input of the site.
     """
-    weight = program.weights[site.weight]
-    found = [_of_use(use, weight, context) for use in site.uses]
-    known = [importance for importance in found if importance is not None]
-    return torch.stack(known).mean(0) if known else None
+    return _moment(program, site, context, 2)
+
+
+def column_means(program: Program, site: Site, context: PassContext) -> Tensor | None:
+    """The mean of the input that each element of a site's matrix meets, in the shapes of `column_importance`."""
+    return _moment(program, site, context, 1)
 
 
 def damped(importance: Tensor) -> Tensor | None:
@@ -50,34 +52,42 @@ def input_moments(program: Program, context: PassContext) -> Iterator[tuple[fx.N
                     yield from ((node, "batches") for node in (use.node.args[0], use.node.args[2]))  # type: ignore[misc]
 
 
+def _moment(program: Program, site: Site, context: PassContext, power: int) -> Tensor | None:
+    """The mean of the input to a power, 1 or 2, averaged over the site's uses."""
+    weight = program.weights[site.weight]
+    found = [_of_use(use, weight, context, power) for use in site.uses]
+    known = [mean for mean in found if mean is not None]
+    return torch.stack(known).mean(0) if known else None
+
+
 def _kind(use: Use, weight: Tensor) -> str:
     return f"moments:{1 - weight.ndim}" if use.operator.startswith("conv") else "moments"
 
 
-def _of_use(use: Use, weight: Tensor, context: PassContext) -> Tensor | None:
+def _of_use(use: Use, weight: Tensor, context: PassContext, power: int) -> Tensor | None:
     if context.statistics is None or not isinstance(use.input, fx.Node):
         return None
     moments = context.statistics(use.input, _kind(use, weight))
     if moments is None:
         return None
-    square = moments[1].float()
+    mean = moments[power - 1].float()
     if use.operator == "conv":
-        groups = square.numel() // weight.shape[1]
-        square = square.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
+        groups = mean.numel() // weight.shape[1]
+        mean = mean.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
     elif use.operator == "conv_transposed":
-        square = square.unsqueeze(1)
+        mean = mean.unsqueeze(1)
     elif use.operator == "grouped":
-        return _of_runs(use, square, context).unsqueeze(1).expand(weight.shape)
+        return _of_runs(use, mean, context, power).unsqueeze(1).expand(weight.shape)
     else:
-        return square
+        return mean
     spatial = [1] * (weight.ndim - 2)
-    return use.view.to_matrix(square.reshape(*square.shape, *spatial).expand(weight.shape))
+    return use.view.to_matrix(mean.reshape(*mean.shape, *spatial).expand(weight.shape))
 
 
-def _of_runs(use: Use, square: Tensor, context: PassContext) -> Tensor:
-    """The mean square of each run's own rows, `[runs, reduce]`; `square`, that of all rows, where it has none."""
+def _of_runs(use: Use, mean: Tensor, context: PassContext, power: int) -> Tensor:
+    """The mean of each run's own rows to a power, `[runs, reduce]`; `mean`, that of all rows, where it has none."""
     assert context.statistics is not None
     x, ends = (context.statistics(use.node.args[place], "batches") for place in (0, 2))  # type: ignore[arg-type]
-    pairs = [[value[rows].float().square() for rows in runs(end)] for value, end in zip(x, ends, strict=True)]
+    pairs = [[value[rows].float() ** power for rows in runs(end)] for value, end in zip(x, ends, strict=True)]
     whole = [torch.cat(parts) for parts in zip(*pairs, strict=True)]
-    return torch.stack([rows.mean(0) if len(rows) else square for rows in whole])
+    return torch.stack([rows.mean(0) if len(rows) else mean for rows in whole])

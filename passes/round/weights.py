@@ -12,10 +12,11 @@ from sparc.analysis.sites import Site
 from sparc.contract import Approximate
 from sparc.diag import PassError
 from sparc.encoding.base import Encoding
-from sparc.encoding.compose import compose, refit
+from sparc.encoding.compose import compose
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.operators import round_weight
 from sparc.pass_base import Pass, PassContext, Stage
+from sparc.passes.round.fit import Fit, check_fit, fit_grid
 from sparc.passes.round.gptq import chosen_pattern, round_by_sweep, why_not_by_column
 from sparc.passes.round.importance import column_importance, damped, input_moments
 from sparc.passes.round.mixed import Rounded, worth_more
@@ -30,7 +31,8 @@ class Round(Pass):
 
     Args:
         encoding: the grid's encoding.
-        search: look for the grid with the least squared error instead of covering the whole range.
+        fit: how grids are found: `range` covers all values, `search` looks for the least squared error, `hqq` for the
+            least `sum |error|^0.7` (HQQ, Badri and Shaji 2023; for integers with a floating minimum).
         importance: what a squared error in a column costs: `none` (the same in every column) or `data` (the mean square
             of the input column, from calibration, and a hundredth of all columns' mean).
         floor: a site whose signal-to-noise ratio falls below so many decibels is restored, with a remark.
@@ -44,14 +46,15 @@ class Round(Pass):
 
     Raises:
         PassError: SPARC209 when only one of `finer` and `budget` is given, or the budget is not between 0 and 1; when
-            they go with `gptq`, which knows one block at a time; or when the damping is negative.
+            they go with `gptq`, which knows one block at a time; when the damping is negative; or when the encoding
+            cannot be fitted so.
     """
 
     name: ClassVar[str] = "round"
     stage: ClassVar[Stage] = Stage.ROUND
 
     encoding: Encoding = field(default=IntGrid())
-    search: bool = False
+    fit: Fit = "range"
     importance: Literal["none", "data"] = "none"
     floor: float | None = None
     method: Literal["nearest", "gptq"] = "nearest"
@@ -61,6 +64,9 @@ class Round(Pass):
     budget: float | None = None
 
     def __post_init__(self) -> None:
+        check_fit("round", self.fit, self.encoding, self.finer)
+        if self.fit == "hqq" and self.importance == "data":
+            raise PassError(codes.BAD_OPTION, "round weighs no errors for hqq", hint='fit="search", or no importance')
         if (self.finer is None) != (self.budget is None):
             raise PassError(codes.BAD_OPTION, "round takes finer and budget together", hint="give both, or neither")
         if self.budget is not None and not 0 < self.budget <= 1:
@@ -108,9 +114,11 @@ class Round(Pass):
             why = _unsuitable(program, site, encoding)
             if why:
                 context.skip(site.weight, why, site.location)
-            elif context.edit() and self.method == "gptq":
+            elif not context.edit():
+                break
+            elif self.method == "gptq":
                 self._sweep(program, site, context)
-            elif context.edit():
+            else:
                 importance = column_importance(program, site, context) if self.needs else None
                 rounded.append(Rounded(site, program.weights.record(site.weight), importance))
                 self._round(program, rounded[-1], self.encoding)
@@ -134,15 +142,15 @@ class Round(Pass):
         unit = 1 if pattern is None else pattern.m
         prepared = factor(gram, self.damping, descending=self.activation_order, unit=unit)
         importance = gram.diagonal(dim1=-2, dim2=-1) if self.importance == "data" else None
-        swept = round_by_sweep(program, site, self.encoding, gram, prepared, importance, self.search)
+        swept = round_by_sweep(program, site, self.encoding, gram, prepared, importance, self.fit)
         program.set_weight(site.weight, *swept)
 
     def _round(self, program: Program, each: Rounded, encoding: Encoding) -> None:
         importance = damped(each.importance) if self.importance == "data" and each.importance is not None else None
-        round_site(program, each.site, encoding, importance, self.search)
+        round_site(program, each.site, encoding, importance, self.fit)
 
 
-def round_site(program: Program, site: Site, encoding: Encoding, importance: Tensor | None, search: bool) -> None:
+def round_site(program: Program, site: Site, encoding: Encoding, importance: Tensor | None, fit: Fit) -> None:
     """Fit a grid to a site's weight and move the weight onto it.
 
     Args:
@@ -150,10 +158,10 @@ def round_site(program: Program, site: Site, encoding: Encoding, importance: Ten
         site: whose weight; a mask it has is kept.
         encoding: the grid's encoding; it accepts the weight's matrix.
         importance: `[reduce]` or `[batch..., out, reduce]`, the cost of a squared error; None for uniform.
-        search: minimise the error instead of covering the range.
+        fit: how the grid is found.
     """
     weight = program.weights[site.weight]
-    grid = refit(program.grid(site.weight), site.view.to_matrix(weight), encoding, importance=importance, search=search)
+    grid = fit_grid(program.grid(site.weight), site.view.to_matrix(weight), encoding, fit, importance)
     grid = replace(grid, view=str(site.view))
     program.set_weight(site.weight, round_weight(weight, grid), grid)
 

@@ -13,7 +13,9 @@ from sparc.diag import PassError
 from sparc.encoding.base import ElementEncoding, Parts
 from sparc.encoding.dense import Dense
 from sparc.encoding.grid import Grid
-from sparc.encoding.mask import MaskEncoding
+from sparc.encoding.mask import MaskEncoding, check_density, kept_count
+
+Edge = int | Literal["all"]
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,14 @@ class Blocks(MaskEncoding):
     block rows, block columns]`.
 
     Args:
-        size: rows and columns of a block.
+        size: rows and columns of a block; `"all"` is as many as the matrix has, so that `(1, "all")` keeps whole rows
+            (outputs) and `("all", 1)` whole columns (inputs).
         of: how kept elements are stored; its groups count the columns of the dense matrix.
     """
 
     shown = ("size",)
 
-    size: tuple[int, int] = (64, 64)
+    size: tuple[Edge, Edge] = (64, 64)
     of: ElementEncoding = Dense()
 
     def __post_init__(self) -> None:
@@ -44,12 +47,12 @@ class Blocks(MaskEncoding):
         if (
             not isinstance(size, (tuple, list))
             or len(size) != 2
-            or any(type(edge) is not int or edge < 1 for edge in size)
+            or not all(edge == "all" or (type(edge) is int and edge >= 1) for edge in size)
         ):
             raise PassError(
                 diagnostic_codes.BAD_OPTION,
                 f"Blocks has no size {size!r}",
-                hint="two positive numbers: (rows, columns)",
+                hint='(rows, columns), each a positive number or "all"',
             )
         object.__setattr__(self, "size", tuple(size))
         super().__post_init__()
@@ -66,9 +69,16 @@ class Blocks(MaskEncoding):
 
     def accepts(self, shape: Sequence[int]) -> str | None:
         """Matrices that `of` accepts and that are no smaller than a block in either direction."""
-        if len(shape) >= 2 and (shape[-2] < self.size[0] or shape[-1] < self.size[1]):
-            return f"its {shape[-2]} rows and {shape[-1]} columns are fewer than a block's, {self.size}"
+        if len(shape) >= 2:
+            rows, columns = self.edges(shape)
+            if shape[-2] < rows or shape[-1] < columns:
+                return f"its {shape[-2]} rows and {shape[-1]} columns are fewer than a block's, {self.size}"
         return self.of.accepts(shape)
+
+    def edges(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of a block of a matrix of this shape."""
+        rows, columns = self.size
+        return int(shape[-2]) if rows == "all" else rows, int(shape[-1]) if columns == "all" else columns
 
     # the mask -------------------------------------------------------------------------------------------------------
     def select(
@@ -90,10 +100,9 @@ class Blocks(MaskEncoding):
         Raises:
             PassError: SPARC209 when density is not between 0 and 1, or for an unknown norm.
         """
-        if not 0 <= density <= 1 or norm not in ("frobenius", "l1"):
-            raise PassError(
-                diagnostic_codes.BAD_OPTION, f"blocks cannot be selected with density={density!r}, norm={norm!r}"
-            )
+        check_density(density)
+        if norm not in ("frobenius", "l1"):
+            raise PassError(diagnostic_codes.BAD_OPTION, f"blocks cannot be selected with norm={norm!r}")
         score = weight.float().abs()
         if importance is not None:
             score = score * importance.float().sqrt()
@@ -101,13 +110,14 @@ class Blocks(MaskEncoding):
         norms = torch.linalg.vector_norm(blocks, ord=2 if norm == "frobenius" else 1, dim=-1, dtype=torch.float64)
         order = norms.flatten().argsort(descending=True, stable=True)
         mask = torch.zeros(order.shape, dtype=torch.bool, device=weight.device)
-        mask[order[: int(density * order.numel() + 0.5)]] = True
+        mask[order[: kept_count(density, order.numel())]] = True
         return mask.reshape(norms.shape)
 
     def spread(self, mask: Tensor, shape: Sequence[int]) -> Tensor:
         """Each block's entry for all of its elements."""
-        rows = mask.repeat_interleave(self.size[0], dim=-2)[..., : shape[-2], :]
-        return rows.repeat_interleave(self.size[1], dim=-1)[..., : shape[-1]]
+        height, width = self.edges(shape)
+        rows = mask.repeat_interleave(height, dim=-2)[..., : shape[-2], :]
+        return rows.repeat_interleave(width, dim=-1)[..., : shape[-1]]
 
     def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: bool = False) -> Grid:
         """Keep every block that is not all zero, and fit `of` to them."""
@@ -117,7 +127,7 @@ class Blocks(MaskEncoding):
     # storage --------------------------------------------------------------------------------------------------------
     def _blocks(self, matrix: Tensor) -> Tensor:
         """`[..., out, reduce]` as `[..., block rows, block columns, rows, columns]`, filled up with zeros."""
-        rows, columns = self.size
+        rows, columns = self.edges(matrix.shape)
         below, right = -matrix.shape[-2] % rows, -matrix.shape[-1] % columns
         if below or right:
             matrix = torch.nn.functional.pad(matrix, (0, right, 0, below))
@@ -136,9 +146,9 @@ class Blocks(MaskEncoding):
 
     def decode(self, parts: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Put the kept blocks back in their places, look up their values, and zero the rest."""
-        mask = self.mask(parts, shape)
-        blocks = self.of.unpack(parts["codes"], self.size[1])
-        dense = blocks.new_zeros(*mask.shape, *self.size)
+        mask, edges = self.mask(parts, shape), self.edges(shape)
+        blocks = self.of.unpack(parts["codes"], edges[1])
+        dense = blocks.new_zeros(*mask.shape, *edges)
         dense[mask] = blocks
         dense = dense.transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]].contiguous()
         return self.of.values(dense, parts, dtype).masked_fill_(~self.spread(mask, shape), 0)
@@ -149,7 +159,8 @@ class Blocks(MaskEncoding):
 
     def mask(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
         """What the block list says."""
-        rows, columns = -(-shape[-2] // self.size[0]), -(-shape[-1] // self.size[1])
+        height, width = self.edges(shape)
+        rows, columns = -(-shape[-2] // height), -(-shape[-1] // width)
         pointers = parts["pointers"].to(torch.int64)
         counts = pointers.diff()
         if bool((counts < 0).any()) or int(counts.sum()) != parts["indices"].numel():
@@ -161,10 +172,13 @@ class Blocks(MaskEncoding):
 
     def bytes(self, shape: Sequence[int | sympy.Expr], kept: int | sympy.Expr | None = None) -> sympy.Expr:
         """The stored bytes with `kept` blocks kept; by default with all of them, which is the most it can be."""
-        rows = sympy.prod(shape[:-2]) * sympy.ceiling(sympy.sympify(shape[-2]) / self.size[0])
+        out, reduce = map(sympy.sympify, shape[-2:])
+        height = out if self.size[0] == "all" else self.size[0]
+        width = reduce if self.size[1] == "all" else self.size[1]
+        rows = sympy.prod(shape[:-2]) * sympy.ceiling(out / height)
         if kept is None:
-            kept = rows * sympy.ceiling(sympy.sympify(shape[-1]) / self.size[1])
-        block = self.size[0] * self.of.code_bytes(self.size[1]) + 4
+            kept = rows * sympy.ceiling(reduce / width)
+        block = height * self.of.code_bytes(width) + 4
         return kept * block + 4 * (rows + 1) + self.of.grid_bytes(shape)
 
     def bytes_on(self, grid: Grid, shape: Sequence[int | sympy.Expr]) -> sympy.Expr:

@@ -1,10 +1,11 @@
-"""What N:M and block masks share: a mask says which elements are kept, another encoding how they are stored."""
+"""What all masks share: a mask says which elements are kept, another encoding how they are stored."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from sparc import codes
@@ -98,3 +99,31 @@ class MaskEncoding(Encoding):
     def same_pattern(self, other: Encoding) -> bool:
         """Whether the masks of this encoding's grids fit the other's."""
         return isinstance(other, MaskEncoding) and self.around(other.of) == other
+
+
+# choosing what is kept ------------------------------------------------------------------------------------------------
+def kept_count(density: float, total: int) -> int:
+    """How many of `total` a density keeps: to the nearest, halves up."""
+    return int(density * total + 0.5)
+
+
+def check_density(density: float) -> None:
+    """Refuse what is no part of a whole.
+
+    Raises:
+        PassError: SPARC209 when density is not between 0 and 1.
+    """
+    if not 0 <= density <= 1:
+        raise PassError(codes.BAD_OPTION, f"a mask cannot be selected with density={density!r}", hint="from 0 to 1")
+
+
+def keep_greatest(score: Tensor, count: int) -> Tensor:
+    """Bool, True at exactly `count` greatest entries along the last axis; of equals, the first. NaN counts as 0."""
+    total = score.shape[-1]
+    if count <= 0 or count >= total:
+        return torch.full(score.shape, count > 0, dtype=torch.bool)
+    score = score.nan_to_num()
+    least = score.kthvalue(total - count + 1, dim=-1, keepdim=True).values
+    above, equal = score > least, score == least
+    free = count - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= free))

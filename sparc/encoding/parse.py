@@ -17,10 +17,12 @@ from sparc.encoding.float8 import Float8
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.microscaling import MXFP4, NVFP4
 from sparc.encoding.nm import NM
+from sparc.encoding.unstructured import Unstructured
 from sparc.suggest import hint as suggestion
 
-_BUILTIN: tuple[type[Encoding], ...] = (Dense, IntGrid, Float8, MXFP4, NVFP4, Codebook, BinaryCode, NM, Blocks)
-BUILTIN: Mapping[str, type[Encoding]] = MappingProxyType({cls.__name__: cls for cls in _BUILTIN})
+_ELEMENTS: tuple[type[Encoding], ...] = (Dense, IntGrid, Float8, MXFP4, NVFP4, Codebook, BinaryCode)
+_MASKS: tuple[type[Encoding], ...] = (NM, Blocks, Unstructured)
+BUILTIN: Mapping[str, type[Encoding]] = MappingProxyType({cls.__name__: cls for cls in _ELEMENTS + _MASKS})
 MAX_LENGTH = 1000
 MAX_DEPTH = 8
 

@@ -4,11 +4,12 @@ from sparc.observers.base import Observer
 from sparc.observers.gram import Geometry, Gram, PatchGram
 from sparc.observers.histogram import Counts, Histogram
 from sparc.observers.kept import Batches, Rows
-from sparc.observers.ranges import AbsMax, Moments, Range
+from sparc.observers.ranges import AbsMax, AbsMean, Moments, Range
 
 KINDS: dict[str, type[Observer]] = {
     "range": Range,
     "absmax": AbsMax,
+    "absmean": AbsMean,
     "moments": Moments,
     "histogram": Histogram,
     "rows": Rows,
@@ -30,6 +31,7 @@ def observer(kind: str) -> Observer:
 __all__ = [
     "KINDS",
     "AbsMax",
+    "AbsMean",
     "Batches",
     "Counts",
     "Geometry",

@@ -82,6 +82,15 @@ class Mean(Observer):
         self.count += int(state[1])
 
 
+class AbsMean(Mean):
+    """`absmean`: the mean magnitude of each channel, `[channels]` float64."""
+
+    def _add(self, value: Tensor, batch: int) -> None:
+        """Accumulate in float64."""
+        rows = self.by_channel(value)
+        self.absorb([rows.abs().sum(0, dtype=torch.float64), torch.tensor(rows.shape[0])])
+
+
 class Moments(Mean):
     """`moments`: mean and mean square of each channel, `[2, channels]` float64."""
 

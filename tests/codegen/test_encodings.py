@@ -33,7 +33,7 @@ X = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
 def compiled(encoding: Encoding, target: str) -> sparc.Artifact:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 32)).eval()
-    return sparc.compile(model, (X,), recipe=[Round(encoding, search=True), Encode()], target=target, measure=False)
+    return sparc.compile(model, (X,), recipe=[Round(encoding, fit="search"), Encode()], target=target, measure=False)
 
 
 @pytest.mark.parametrize("target", ["onnx", "reference"])

@@ -16,7 +16,11 @@ from sparc.encoding.blocks import Blocks
 from sparc.encoding.dense import Dense
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
+from sparc.encoding.unstructured import Unstructured
 from sparc.ledger import Ledger
+from sparc.passes.encode import Encode
+from sparc.passes.prune import Prune
+from sparc.passes.round import Round
 from sparc.serialize.masked import masked_from_json, masked_to_json, pick
 from sparc.target import Masked, StoredTensor
 from tests.artifacts import code_of, content
@@ -26,6 +30,8 @@ from tests.codegen.encoding import encode_weights, quantize_input
 WITHOUT_ZERO = IntGrid(8, zero="minimum", symmetric=False)
 INNER = [Dense(), IntGrid(8), IntGrid(4, 32), IntGrid(4, 12, symmetric=False), WITHOUT_ZERO]
 MASKS = [mask(of=inner) for mask in (NM, lambda of: NM(1, 4, of), lambda of: Blocks((7, 16), of)) for inner in INNER]
+MASKS += [Unstructured(), Unstructured(IntGrid(4, 12, symmetric=False)), Unstructured(WITHOUT_ZERO)]
+MASKS += [Blocks((1, "all"), IntGrid(8)), Blocks(("all", 1), IntGrid(4, 32))]
 
 
 class Net(nn.Module):
@@ -80,6 +86,23 @@ def test_the_target_that_reads_kept_codes_stores_nothing_else(tmp_path: Path) ->
     assert '"masked":' not in (tmp_path / "a" / "program.json").read_text()
 
 
+@pytest.mark.parametrize(("pattern", "density"), [(Unstructured(), 0.5), (NM(2, 4), None), (Blocks((1, "all")), 0.5)])
+def test_what_sweeps_pruned_and_rounded_comes_back(
+    pattern: NM | Blocks | Unstructured, density: float | None, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval(), torch.randn(64, 32)
+    steps = [Prune(pattern, density, method="sparsegpt"), Round(IntGrid(4, 16), method="gptq"), Encode()]
+    made = sparc.compile(model, (x,), recipe=steps, target="onnx", measure=False)
+    for row in made.ledger.sites:
+        assert row.encoding == str(pattern.around(IntGrid(4, 16)))
+        codes = made.program.weights[f"{row.weight}_codes"]
+        assert codes.nbytes == (32 * 48 if row.weight == "0.weight" else 48 * 16) // 4
+    loaded = sparc.load(made.save(tmp_path / "a"))
+    assert torch.equal(loaded(x), made(x))
+    torch.testing.assert_close(made(x), made.program.run(x), rtol=1e-4, atol=1e-4)
+
+
 # the report -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("recipe", "mask_bytes"), [("sparse24-w8", 36 * 64 // 8), ("blocks64-w8", None)])
 @pytest.mark.parametrize("target", ["onnx", "onnx:portable", "onnx:cuda"])
@@ -131,6 +154,8 @@ GOOD = {"spec": "NM(n=2, m=4, of=IntGrid(bits=8))", "shape": [2, 8], "parts": {"
         {"parts": {"positions": "long"}},
         {"parts": {"pointers": "p"}},
         {"parts": {}},
+        {"spec": "Unstructured(of=IntGrid(bits=8))"},
+        {"spec": "Unstructured(of=IntGrid(bits=8))", "parts": {"bitmap": "long"}},
     ],
 )
 def test_what_does_not_belong_together_is_refused(change: dict[str, Any]) -> None:
@@ -140,6 +165,14 @@ def test_what_does_not_belong_together_is_refused(change: dict[str, Any]) -> Non
     )
     with pytest.raises((ValueError, RuntimeError)):
         pick(stored, weights.__getitem__, sparc.encoding.parse.parse_spec)
+
+
+def test_a_bitmap_picks_what_it_keeps() -> None:
+    masked = Masked("Unstructured(of=IntGrid(bits=8))", (2, 8), {"bitmap": "p"})
+    stored = StoredTensor("codes", torch.arange(16, dtype=torch.int8).reshape(2, 8), "w", "identity", masked)
+    bitmap = torch.tensor([[0b00000101], [0b10000000]], dtype=torch.uint8)
+    picked = pick(stored, {"p": bitmap}.__getitem__, sparc.encoding.parse.parse_spec)
+    assert picked.tolist() == [[0, 2, 15]]
 
 
 def test_pointers_must_fit_their_indices() -> None:

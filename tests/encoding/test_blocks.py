@@ -104,7 +104,7 @@ def test_a_matrix_smaller_than_a_block_is_refused():
     assert Blocks((1, 8), of=IntGrid()).accepts((64,)) is not None
 
 
-@pytest.mark.parametrize("size", [(0, 4), (4,), (4, 4, 4), 4, (4.0, 4), (True, 4), "44"])
+@pytest.mark.parametrize("size", [(0, 4), (4,), (4, 4, 4), 4, (4.0, 4), (True, 4), "44", ("All", 4), (None, 4)])
 def test_bad_sizes_are_refused(size):
     with pytest.raises(PassError) as caught:
         Blocks(size)
@@ -121,3 +121,22 @@ def test_bad_densities_are_refused(density):
     with pytest.raises(PassError) as caught:
         Blocks((4, 4)).select(weights(8, 8), density)
     assert caught.value.code == "SPARC209"
+
+
+def test_whole_rows_and_whole_columns():
+    weight = torch.tensor([[1.0, 9, 0, 1], [3, 3, 3, 3], [0, 7, 0, 0]])
+    rows, columns = Blocks((1, "all")), Blocks(("all", 1))
+    grid, rounded = pruned(rows, weight, 2 / 3)
+    assert torch.equal(rounded, weight * torch.tensor([[1.0], [0], [1]]))
+    parts = rows.encode(rounded, grid)
+    assert torch.equal(parts["codes"], weight[[0, 2]].unsqueeze(1))
+    assert (parts["pointers"].tolist(), parts["indices"].tolist()) == ([0, 1, 1, 2], [0, 0])
+    grid, rounded = pruned(columns, weight, 0.25)
+    assert torch.equal(rounded, weight * torch.tensor([0.0, 1, 0, 0]))
+    assert torch.equal(columns.encode(rounded, grid)["codes"], weight[:, 1:2].unsqueeze(0))
+
+
+def test_whole_matrices_of_a_stack():
+    encoding, weight = Blocks(("all", "all")), weights(4, 3, 5) * torch.tensor([1.0, 5, 2, 0.1])[:, None, None]
+    mask = encoding.select(weight, 0.5)
+    assert mask.flatten().tolist() == [False, True, True, False]

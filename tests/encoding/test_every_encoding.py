@@ -13,6 +13,7 @@ from sparc.encoding.float8 import Float8
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.microscaling import MXFP4, NVFP4
 from sparc.encoding.nm import NM
+from sparc.encoding.unstructured import Unstructured
 from sparc.testing import assert_encoding
 from sparc.testing.encodings import same_bits
 
@@ -58,6 +59,14 @@ SHIPPED = [
     Blocks((5, 3), of=Codebook()),
     Blocks((5, 3), of=BinaryCode(3, 16)),
     Blocks((5, 3), of=IntGrid(4, 12, symmetric=False, zero="minimum")),
+    Blocks((1, "all"), of=IntGrid(4, 12, symmetric=False, zero="minimum")),
+    Blocks(("all", 1), of=IntGrid(8)),
+    Unstructured(),
+    Unstructured(of=IntGrid(4, 32)),
+    Unstructured(of=IntGrid(3, 10, symmetric=False, zero="minimum")),
+    Unstructured(of=NVFP4()),
+    Unstructured(of=Codebook("kmeans", 3)),
+    Unstructured(of=BinaryCode(2, 16)),
 ]
 
 
@@ -103,12 +112,15 @@ def encodings_and_shapes(draw):
         draw(st.integers(1, 40)),
         draw(st.sampled_from([(), (), (2,), (1, 3)])),
     )
-    kind = draw(st.sampled_from(["plain", "nm", "blocks"]))
+    kind = draw(st.sampled_from(["plain", "nm", "blocks", "unstructured"]))
+    if kind == "unstructured":
+        return Unstructured(of=inner), (*batch, rows, columns)
     if kind == "nm":
         m = draw(st.integers(2, 12))
         return NM(draw(st.integers(1, m - 1)), m, of=inner), (*batch, rows, m * draw(st.integers(1, 5)))
     if kind == "blocks":
-        return Blocks((draw(st.integers(1, rows)), draw(st.integers(1, columns))), of=inner), (*batch, rows, columns)
+        edges = draw(st.just("all") | st.integers(1, rows)), draw(st.just("all") | st.integers(1, columns))
+        return Blocks(edges, of=inner), (*batch, rows, columns)
     return inner, (*batch, rows, columns)
 
 

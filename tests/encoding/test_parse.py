@@ -138,7 +138,7 @@ def test_any_text_is_read_or_refused(text):
 
 def test_only_known_names_are_read():
     elements = {"Dense", "IntGrid", "Float8", "MXFP4", "NVFP4", "Codebook", "BinaryCode"}
-    assert set(BUILTIN) == elements | {"NM", "Blocks"}
+    assert set(BUILTIN) == elements | {"NM", "Blocks", "Unstructured"}
     with pytest.raises(PassError) as caught:
         parse_spec("IntGrid(4)", {"Dense": Dense})
     assert caught.value.code == "SPARC201"

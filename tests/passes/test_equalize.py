@@ -1,5 +1,7 @@
 """Equalisation: the function stays, channels get alike ranges, and what cannot be moved through stays where it is."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -124,6 +126,38 @@ def test_full_strength_gives_every_channel_the_same_range() -> None:
     assert torch.allclose(largest, largest[:1].expand_as(largest), rtol=1e-4)
 
 
+def test_strength_zero_makes_the_columns_alike() -> None:
+    torch.manual_seed(0)
+    chosen = driver(Norms().eval(), (torch.randn(2, 5, 12),))
+    chosen.run(Equalize(0.0), "gate", lambda site: site.weight == "gate.weight")
+    read = torch.cat([chosen.program.weights[name] for name in ("gate.weight", "up.weight")]).abs().amax(0)
+    assert torch.allclose(read, read[:1].expand_as(read), rtol=1e-4)
+
+
+def test_half_precision_is_checked_before_rounding() -> None:
+    torch.manual_seed(0)
+    chosen = driver(Norms().eval().to(torch.bfloat16), (torch.randn(2, 5, 12, dtype=torch.bfloat16),))
+    row = chosen.run(Equalize())
+    assert row.matches == 2
+    assert row.measured["end to end, float64"] < 1e-9
+
+
+def test_gains_of_multiplications_are_writers() -> None:
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.last = nn.Parameter(torch.logspace(-1, 1, 12)), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.gain * nn.functional.rms_norm(x, (12,)))
+
+    model, x = Gain(), torch.randn(5, 12)
+    chosen = driver(model, (x,))
+    assert chosen.run(Equalize()).matches == 1
+    assert not torch.equal(chosen.program.weights["gain"], model.gain.detach())
+    assert torch.allclose(chosen.program.run(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_factors_by_hand() -> None:
     found = factors(torch.tensor([4.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 4.0, 1.0, 0.0]), 0.5)
     assert found.tolist() == pytest.approx([0.5, 2.0, 1.0, 1.0])
@@ -184,6 +218,59 @@ def test_sums_of_sizes_carry_no_channels() -> None:
     x = torch.randn(4, 6)
     program = capture(Places(), (x,), dynamic={"x": {0: "rows"}})
     assert list(Classes(program, program.graph))
+
+
+class Packed(nn.Module):
+    """A gated layer whose two branches are written side by side.
+
+    Args:
+        twice: read the whole as well.
+    """
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.both, self.last, self.twice = nn.Linear(6, 20), nn.Linear(10, 4), twice
+        with torch.no_grad():
+            self.both.weight.copy_(uneven(20, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.both(x)
+        gate, up = whole.chunk(2, -1)
+        result = self.last(nn.functional.silu(gate) * up)
+        return result + whole.sum() if self.twice else result
+
+
+@pytest.mark.parametrize("ranges", ["data", "weights"])
+def test_pieces_of_a_layer_are_writers(ranges: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Packed(), torch.randn(7, 6)
+    chosen = driver(model, (x,))
+    row = chosen.run(Equalize(ranges=ranges))
+    assert row.matches == 1
+    assert row.measured["end to end, float64"] < 1e-9
+    after = chosen.program.weights
+    assert torch.equal(after["both.weight"][:10], model.both.weight[:10])
+    assert not torch.isclose(after["both.weight"][10:], model.both.weight[10:]).any()
+    assert torch.allclose(chosen.program.run(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_pieces_of_what_is_read_as_a_whole_stay() -> None:
+    torch.manual_seed(0)
+    assert driver(Packed(twice=True), (torch.randn(7, 6),)).run(Equalize(ranges="weights")).changed == 0
+
+
+def test_copies_to_integers_freeze_what_they_copy() -> None:
+    class Copy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.first(x)
+            return self.last(x.to(torch.float64).to(torch.float32)), x.to(torch.int32)
+
+    row = driver(Copy(), (torch.randn(2, 6),)).run(Equalize(ranges="weights"))
+    assert row.changed == 0
 
 
 def test_strength_is_a_share() -> None:

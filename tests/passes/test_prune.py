@@ -1,16 +1,19 @@
-"""Prune: masks by hand, importance, what is left alone, and options that make no sense."""
+"""Prune: masks by hand, Wanda's score, what is left alone, and options that make no sense."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sparc.api import registry
 from sparc.diag import PassError
 from sparc.encoding.blocks import Blocks
 from sparc.encoding.dense import Dense
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
+from sparc.encoding.unstructured import Unstructured
 from sparc.passes.encode import Encode
-from sparc.passes.prune import Prune
+from sparc.passes.prune import PermuteChannels, Prune
+from sparc.recipe import Recipe, Step
 from tests.passes.models import driver, models, run
 
 
@@ -38,6 +41,14 @@ def test_blocks_by_hand() -> None:
     assert torch.equal(program.weights["weight"], expected)
 
 
+def test_any_elements_and_whole_rows_by_hand() -> None:
+    weight = torch.tensor([[1.0, -2, 5, 0], [3, -6, 4, 1]])
+    program = run(linear(weight), (torch.randn(2, 4),), Prune(Unstructured(), density=0.375))
+    assert torch.equal(program.weights["weight"], torch.tensor([[0.0, 0, 5, 0], [0, -6, 4, 0]]))
+    program = run(linear(weight), (torch.randn(2, 4),), Prune(Blocks((1, "all")), density=0.5))
+    assert torch.equal(program.weights["weight"], weight * torch.tensor([[0.0], [1]]))
+
+
 @pytest.mark.parametrize("density", [0.25, 0.5, 0.9])
 def test_density_is_kept(density: float) -> None:
     torch.manual_seed(0)
@@ -49,7 +60,7 @@ def test_importance_weighs_columns_by_their_input() -> None:
     weight = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).expand(4, 4).clone()
     inputs = (torch.randn(100, 4) * torch.tensor([1.0, 1.0, 1.0, 100.0]),)
     by_magnitude = run(linear(weight), inputs, Prune()).weights["weight"]
-    by_data = run(linear(weight), inputs, Prune(importance="data")).weights["weight"]
+    by_data = run(linear(weight), inputs, Prune(method="wanda")).weights["weight"]
     assert torch.equal(by_magnitude[0], torch.tensor([4.0, 3.0, 0.0, 0.0]))
     assert torch.equal(by_data[0], torch.tensor([4.0, 0.0, 0.0, 1.0]))
 
@@ -113,8 +124,36 @@ def test_sites_below_the_floor_are_restored() -> None:
         {"pattern": Blocks((8, 8))},
         {"pattern": Blocks((8, 8)), "density": 0.0},
         {"pattern": Blocks((8, 8)), "density": 1.5},
+        {"pattern": Unstructured()},
+        {"pattern": Unstructured(of=IntGrid(4)), "density": 0.5},
+        {"method": "taylor"},
+        {"method": "wanda_variant"},
+        {"criterion": "isc"},
+        {"criterion": "isc", "method": "wanda"},
+        {"criterion": "obd", "method": "sparsegpt"},
+        {"pattern": Blocks((8, 8)), "density": 0.5, "refine": True},
+        {"allocation": "sensitivity"},
+        {"pattern": Unstructured(), "density": 0.5, "allocation": "trace"},
+        {"spread": -0.1},
+        {"spread": 1.0},
+        {"damping": -1.0},
+        {"damping": float("nan")},
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, object]) -> None:
     with pytest.raises(PassError, match="SPARC209"):
         Prune(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Prune(Unstructured(), density=0.3, method="sparsegpt", criterion="isc", refine=True),
+        Prune(Blocks((1, "all")), density=0.5, method="wanda", allocation="sensitivity", spread=0.2),
+        PermuteChannels(NM(1, 4), method="wanda", rounds=8),
+    ],
+    ids=str,
+)
+def test_recipes_say_every_option(step: Prune | PermuteChannels) -> None:
+    recipe = Recipe((Step(step),))
+    assert Recipe.from_toml(recipe.to_toml(), registry()) == recipe

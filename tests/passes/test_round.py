@@ -76,7 +76,7 @@ def test_the_search_is_never_worse_in_any_group(spec: IntGrid, importance: str) 
         squared = (run(model, inputs, step).weights["weight"] - model.weight.detach()).square() * cost
         return squared.reshape(12, -1, 24 if spec.group == "channel" else 8).sum(-1)
 
-    least, plain = errors(Round(spec, search=True, importance=importance)), errors(Round(spec))  # type: ignore[arg-type]
+    least, plain = errors(Round(spec, fit="search", importance=importance)), errors(Round(spec))  # type: ignore[arg-type]
     assert bool((least <= plain * (1 + 1e-5)).all())
     assert float(least.sum()) < float(plain.sum())
 
@@ -86,7 +86,7 @@ def test_columns_that_read_little_may_be_rounded_badly() -> None:
     inputs = (torch.ones(4, 8) * torch.tensor([1e-3, 1, 1, 1, 1, 1, 1, 1]),)
 
     def errors(importance: str) -> Tensor:
-        step = Round(IntGrid(4, 8, symmetric=False), search=True, importance=importance)  # type: ignore[arg-type]
+        step = Round(IntGrid(4, 8, symmetric=False), fit="search", importance=importance)  # type: ignore[arg-type]
         return (run(linear(weight), inputs, step).weights["weight"] - weight).square()[0]
 
     plain, weighted = errors("none"), errors("data")
@@ -99,11 +99,11 @@ def test_columns_that_calibration_never_met_still_count() -> None:
     torch.manual_seed(0)
     never = torch.arange(32) % 4 == 0
     weight = torch.randn(6, 32) * torch.where(never, 12.0, 1.0)
-    step = Round(IntGrid(4, 16), search=True, importance="data")
+    step = Round(IntGrid(4, 16), fit="search", importance="data")
     error = run(linear(weight), (torch.randn(8, 32) * ~never,), step).weights["weight"] - weight
     assert float(error[:, never].abs().mean()) < float(weight[:, never].abs().mean()) / 2
     silent = (torch.zeros(8, 32),)
-    uniform = run(linear(weight), silent, Round(IntGrid(4, 16), search=True)).weights["weight"]
+    uniform = run(linear(weight), silent, Round(IntGrid(4, 16), fit="search")).weights["weight"]
     assert torch.equal(run(linear(weight), silent, step).weights["weight"], uniform)
 
 
@@ -154,7 +154,7 @@ def test_masks_survive(spec: IntGrid, pruning: Prune) -> None:
     assert torch.equal(grid.spec.spread(grid.tensors["mask"], (24, 24)), ~zeros)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("step", [Round(), Round(IntGrid(4, 8, symmetric=False), search=True)], ids=str)
+@pytest.mark.parametrize("step", [Round(), Round(IntGrid(4, 8, symmetric=False), fit="search")], ids=str)
 def test_rounding_twice_is_rounding_once(step: Round) -> None:
     for model, inputs in models().values():
         chosen = driver(model, inputs)

@@ -57,7 +57,7 @@ def test_the_budget_is_kept_and_encoding_stays_exact(kind: str, budget: float) -
     model, inputs = models()[kind]
     chosen = driver(model, inputs)
     dense = dict(chosen.program.weights)
-    chosen.run(Round(COARSE, finer=FINE, budget=budget, search=True, importance="data"))
+    chosen.run(Round(COARSE, finer=FINE, budget=budget, fit="search", importance="data"))
     sites = [name for name in chosen.program.weights if chosen.program.grid(name) is not None]
     row = chosen.run(Encode())
     assert row.measured == {"end to end": 0.0}

@@ -73,6 +73,20 @@ def test_quantized_products_gain_what_was_promised() -> None:
     assert figures[1] > figures[0] + 3
 
 
+def test_strength_says_what_becomes_alike() -> None:
+    """1: every channel's largest magnitude; 0: every column's largest weight, of both products together."""
+    torch.manual_seed(0)
+    _, chosen = smoothed(Outliers(), Smooth(strength=0.0, gain=-1.0))
+    read = torch.cat([chosen.program.weights[f"{name}.weight"] for name in ("left", "right")]).abs().amax(0)
+    assert torch.allclose(read, read[:1].expand_as(read), rtol=1e-4)
+    torch.manual_seed(0)
+    x, chosen = smoothed(Outliers(), Smooth(strength=1.0))
+    seen: list[Tensor] = []
+    chosen.program.run_flat([x], watch=lambda node, value, _: seen.append(value) if node in products(chosen) else None)
+    largest = seen[0].abs().amax((0, 1))
+    assert torch.allclose(largest, largest[:1].expand_as(largest), rtol=1e-4)
+
+
 def test_even_channels_are_not_worth_a_multiplication() -> None:
     torch.manual_seed(0)
     _, chosen = smoothed(Outliers(outliers=1.0), Smooth())

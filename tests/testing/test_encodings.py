@@ -15,6 +15,7 @@ from sparc.encoding.grid import Grid
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.microscaling import MXFP4, NVFP4
 from sparc.encoding.nm import NM
+from sparc.encoding.unstructured import Unstructured
 from sparc.testing import assert_encoding, encoding_mutants
 
 SHAPE = (48, 64)
@@ -33,6 +34,7 @@ RIGHT = {
     "NM": NM(2, 4),
     "NM of minimum": NM(2, 4, of=IntGrid(4, 32, symmetric=False, zero="minimum")),
     "Blocks": Blocks((8, 16), of=IntGrid(2, 8, symmetric=False)),
+    "Unstructured": Unstructured(of=IntGrid(4, 8, symmetric=False)),
 }
 EXPECTED = {
     "Dense": {"OffByOneCode"},
@@ -56,6 +58,14 @@ EXPECTED = {
         "UnmaskedZero",
     },
     "Blocks": {"OffByOneCode", "DroppedScale", "TransposedGroups", "SwappedNibbles", "UnmaskedRound", "UnmaskedZero"},
+    "Unstructured": {
+        "OffByOneCode",
+        "DroppedScale",
+        "TransposedGroups",
+        "SwappedNibbles",
+        "UnmaskedRound",
+        "UnmaskedZero",
+    },
 }
 ALWAYS = {"ScaledRound", "WrongBytes", "LostDtype"}
 MUTANTS = {

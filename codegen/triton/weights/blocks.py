@@ -30,6 +30,7 @@ class BlockSparseWeight(WeightLowering):
         """Args: see the class; `inner_of` makes the lowering of the encoding inside."""
         super().__init__(encoding, shape, parts)
         self.mask = cast(Blocks, encoding)
+        self.edges = self.mask.edges((self.rows, self.columns))
         self.kept = int(parts["indices"].numel())
         inner_parts = {name: parts[name] for name in self.mask.of.part_names}
         self.inner = inner_of(self.mask.of, (self.rows, self.padded_columns), inner_parts)
@@ -39,7 +40,9 @@ class BlockSparseWeight(WeightLowering):
 
     def accepts(self, product: Product) -> str | None:
         """What the inner lowering accepts, in blocks that are tiles."""
-        rows, columns = self.mask.size
+        rows, columns = self.edges
+        if "all" in self.mask.size:
+            return "whole rows or columns are not blocks that a tile holds"
         if rows & (rows - 1) or not LEAST_EDGE <= rows <= GREATEST_ROWS:
             return f"{rows} rows of a block are not a power of two between {LEAST_EDGE} and {GREATEST_ROWS}"
         if columns & (columns - 1) or columns < LEAST_EDGE:
@@ -70,17 +73,17 @@ class BlockSparseWeight(WeightLowering):
     @property
     def unit(self) -> int:
         """A block's columns."""
-        return self.mask.size[1]
+        return self.edges[1]
 
     @property
     def greatest(self) -> int:
         """A block's columns."""
-        return self.mask.size[1]
+        return self.edges[1]
 
     @property
     def block_rows(self) -> int:
         """A block's rows."""
-        return self.mask.size[0]
+        return self.edges[0]
 
     # code -----------------------------------------------------------------------------------------------------------
     def loop(self, tile: Tile) -> Loop:

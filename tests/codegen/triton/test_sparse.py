@@ -14,11 +14,12 @@ from sparc.codegen.triton.problem import Configuration, Epilogue, Problem, Prolo
 from sparc.codegen.triton.tiles import Product, WeightLowering
 from sparc.codegen.triton.weights.dense import DenseWeight
 from sparc.encoding.base import ElementEncoding, Encoding
-from sparc.encoding.blocks import Blocks
+from sparc.encoding.blocks import Blocks, Edge
 from sparc.encoding.dense import Dense
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.mask import MaskEncoding
 from sparc.encoding.nm import NM
+from sparc.encoding.unstructured import Unstructured
 from tests.codegen.triton.running import TOLERANCE, Case, relative, run_product
 from tests.codegen.triton.test_products import REGIMES
 
@@ -106,6 +107,21 @@ def test_blocks_that_are_no_tiles_are_refused(
     rows, columns = 512, 256
     case = masked(Blocks(size, inner), some_blocks(size, rows, columns), rows, columns)
     assert told in (case.lowering.accepts(product) or "")
+
+
+@pytest.mark.parametrize("size", [(1, "all"), ("all", 1), (64, "all")])
+def test_whole_rows_and_columns_are_no_tiles(size: tuple[Edge, Edge]) -> None:
+    encoding = Blocks(size, IntGrid(8))
+    kept = torch.ones(-(-512 // encoding.edges((512, 256))[0]), -(-256 // encoding.edges((512, 256))[1]))
+    case = masked(encoding, kept.bool(), 512, 256)
+    assert case.lowering.accepts("float16") == "whole rows or columns are not blocks that a tile holds"
+
+
+def test_any_elements_have_no_kernel() -> None:
+    weight = torch.randn(4, 8)
+    encoding = Unstructured(IntGrid(8))
+    parts = encoding.encode(weight, encoding.fit(weight))
+    assert find_lowering(encoding, (4, 8), parts) == f"no kernel decodes {encoding}"
 
 
 # N of M --------------------------------------------------------------------------------------------------------------
