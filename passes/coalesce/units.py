@@ -60,6 +60,8 @@ def obstacle(group: Group) -> str:
         return group.frozen or group.statistic
     if group.cached:
         return "the cache holds them"
+    if group.kind == "expert":
+        return "which of them is used depends on data"
     for reader in group.contractions:
         if reader.weight is None:
             return f"they are read by {reader.node.name}, whose operands are all computed"

@@ -26,6 +26,7 @@ from sparc.passes.coalesce.units import obstacle
 from sparc.passes.cut import cut, cut_groups, mask
 from sparc.passes.cut.prune_units import PruneUnits
 from sparc.passes.encode import Encode
+from sparc.passes.prune.permute import PermuteChannels
 from sparc.passes.recipes import prepare
 from sparc.passes.round import Round
 from sparc.program import Program
@@ -104,6 +105,12 @@ def test_slots_say_what_is_left_after_several_cuts() -> None:
 def test_exact_passes_leave_the_cache_alone() -> None:
     (head, *_) = [group for group in groups(captured("llama")[0]) if group.kind == "head"]
     assert obstacle(head) == "the cache holds them"
+    program, flat = captured("llama")
+    samples = {"forward": [list(flat)]}
+    driver = Driver(program, Samples(samples, samples))
+    driver.run(PermuteChannels())
+    assert any("the cache holds them" in skip.why for skip in driver.ledger.passes[-1].skips)
+    assert driver.ledger.passes[-1].matches > 0  # the neurons
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from sparc.diag import PassError
 from sparc.driver import Driver
 from sparc.pass_base import Samples
 from sparc.passes.canonicalize import Canonicalize
+from sparc.passes.coalesce.units import obstacle
 from sparc.passes.cut import cut
 from sparc.passes.cut.importance import activation
 from sparc.passes.cut.prune_units import PruneUnits
@@ -73,6 +74,7 @@ def test_more_must_stay_than_a_token_goes_to() -> None:
     program = routed(Routed())
     (group,) = experts(program)
     assert group.least == 3
+    assert obstacle(group)
     with pytest.raises(PassError, match="each token goes to 2 of them"):
         cut(program, group, [0, 1])
     driver = Driver(program, Samples({"forward": [[X]]}, {"forward": [[X]]}))
