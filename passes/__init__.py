@@ -20,6 +20,7 @@ def extension() -> Extension:
     from sparc.passes.coalesce import MergeNeurons, coalesce_parallel, stack_projections
     from sparc.passes.cut.blocks import DropBlocks
     from sparc.passes.cut.merge_blocks import MergeBlocks
+    from sparc.passes.cut.prune_units import PruneUnits
     from sparc.passes.decode import Decode
     from sparc.passes.encode import Encode
     from sparc.passes.equalize.awq import Awq
@@ -42,18 +43,11 @@ def extension() -> Extension:
     from sparc.passes.share_steps import ShareSteps
 
     steps = dict.fromkeys(type(step) for step in Canonicalize().steps())
-    folds = (
-        FoldPrompt,
-        fold_batch_norm,
-        fold_batch_norm_before,
-        fold_shared,
-        fold_affine,
-        fold_table,
-        fold_norm_affine,
-    )
-    stacks = (coalesce_parallel, stack_projections)
-    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, Decode, RemoveDead, *folds, *stacks)
-    cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks)
+    norms = (fold_batch_norm, fold_batch_norm_before)
+    folds = (FoldPrompt, *norms, fold_shared, fold_affine, fold_table, fold_norm_affine)
+    stacks = (Decode, RemoveDead, *folds, coalesce_parallel, stack_projections)
+    exact: tuple[type[Pass] | Pass, ...] = (Canonicalize, *steps, *stacks)
+    cuts: tuple[type[Pass] | Pass, ...] = (MergeNeurons, ShareSteps, DropBlocks, MergeBlocks, PruneUnits)
     moves: tuple[type[Pass] | Pass, ...] = (Rotate, Equalize, Smooth, Awq, LowRank, PermuteChannels, Prune)
     activations = (SplitMinimum, QuantizeActivations, CalibrateActivations, CancelPairs, CorrectBias)
     passes = (*exact, *cuts, *moves, Round, Compensate, *activations, Encode)

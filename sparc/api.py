@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from sparc import codes, evidence
 from sparc.analysis.sites import Site, find_sites
 from sparc.artifact import Artifact, load_artifact
+from sparc.cache import fit
 from sparc.capture import Dynamic, capture, merge
 from sparc.checkpoint.base import Checkpoint
 from sparc.diag import Diagnostics, PassError
@@ -167,9 +168,16 @@ def compile_program(
     context = job.context(diagnostics)
     emission = job.target.emit(driver.program, context)
     if job.verify != "types" and emission.native:
-        check_sites(baseline, driver.program, job.target, samples, context, every=job.verify == "full")
+        check_sites(baseline, driver.program, job.target, driver.samples, context, every=job.verify == "full")
     artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, job.recipe.to_toml())
-    _gather_evidence(artifact, captured, baseline, samples, job.target_name)
+    why = evidence.skip_reasons(diagnostics)
+    trim()
+    driver.ledger.sites = evidence.site_rows(baseline, driver.program, emission, driver.samples, why)
+    trim()
+    dense_bytes = captured.weights.nbytes
+    driver.ledger.summary = evidence.summarize(
+        captured, driver.program, emission, samples, job.target_name, dense_bytes
+    )
     return artifact, plain
 
 
@@ -315,15 +323,6 @@ def _capture(given: Task, diagnostics: Diagnostics) -> Program:
     return merge(programs)
 
 
-def _gather_evidence(artifact: Artifact, captured: Program, baseline: Program, samples: Samples, target: str) -> None:
-    ledger, emission = artifact.ledger, artifact.emission
-    why = evidence.skip_reasons(artifact.diagnostics)
-    trim()
-    ledger.sites = evidence.site_rows(baseline, artifact.program, emission, samples, why)
-    trim()
-    ledger.summary = evidence.summarize(captured, artifact.program, emission, samples, target, captured.weights.nbytes)
-
-
 def _measure(artifact: Artifact, given: Task, job: Job, plain: Program) -> None:
     summary, emission = artifact.ledger.summary, artifact.emission
     estimated = isinstance(emission, Estimating) and not emission.native
@@ -332,10 +331,14 @@ def _measure(artifact: Artifact, given: Task, job: Job, plain: Program) -> None:
         module = runnable(each.model)
         for label, inputs in (each.timed or {"": each.example_inputs}).items():
             named = bind_examples(module.forward, inputs)[0]
-            tensors = artifact.program.entries[name].signature.bind((), named)
+            entry = artifact.program.entries[name]
+            given_tensors = entry.signature.bind((), named)
+            tensors = fit(entry, given_tensors)
             if dense is None:
                 found = emission.estimate(tensors, name)  # type: ignore[attr-defined]
                 summary.latencies.append(replace(found, against=f"{found.against}: {label}") if label else found)
                 continue
             ours, theirs = emission.runner(name, spin=False), dense.runner(name, spin=False)
-            summary.latencies += evidence.latencies(ours, theirs, module, named, tensors, label=label)
+            summary.latencies += evidence.latencies(
+                ours, theirs, module, named, tensors, label=label, dense_tensors=given_tensors
+            )

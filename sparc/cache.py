@@ -8,7 +8,7 @@ entry's outputs, and `encoder_attention_mask` `[batch, source]`: the same in eve
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,11 +32,19 @@ class CacheSlot:
         input: the input's name.
         output: the name of the output that takes its place in the next call.
         axis: the axis that grows by as many places as the call has tokens.
+        kept: for other axes that were cut, the places of the captured model's tensor that are left, in order.
     """
 
     input: str
     output: str
     axis: int = 2
+    kept: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    def cut(self, axis: int, places: Sequence[int]) -> "CacheSlot":
+        """The slot with only some places of an axis as it is now."""
+        known = dict(self.kept)
+        known[axis] = tuple(known[axis][place] if axis in known else int(place) for place in places)
+        return replace(self, kept=tuple(sorted(known.items())))
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,23 @@ def token_positions(mask: Tensor, count: int) -> Tensor:
     if count == 1:
         return (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
     return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, mask.shape[1] - count :].contiguous()
+
+
+def fit(entry: "Entry", tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The flat inputs of a call of the captured model as those of an entry whose cache was cut.
+
+    Args:
+        entry: the entry as it is now.
+        tensors: one for each placeholder, with the shapes of the captured model; what is cut already stays.
+    """
+    slots = {slot.input: slot for slot in entry.cache.slots if slot.kept} if entry.cache is not None else {}
+    fitted = []
+    for name, tensor in zip(entry.signature.input_names, tensors, strict=True):
+        for axis, places in slots[name].kept if name in slots else ():
+            if tensor.shape[axis] != len(places):
+                tensor = tensor.index_select(axis, torch.tensor(places))
+        fitted.append(tensor)
+    return fitted
 
 
 def empty_slots(entry: "Entry", batch: int, length: int = 0) -> list[Tensor]:

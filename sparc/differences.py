@@ -1,7 +1,7 @@
 """How far two programs are apart: per output and per layer, worst first, with the smallest tolerance that passes."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from sparc import codes
+from sparc.cache import fit
 from sparc.diag import ArtifactError
 from sparc.execute import Values
 from sparc.program import Program, location
@@ -97,12 +98,14 @@ def check_same_inputs(a: Signature, b: Signature) -> None:
             )
 
 
-def output_differences(names: Sequence[str], a: Sequence[Any], b: Sequence[Any]) -> list[Difference]:
-    """Compare the flat outputs of two runs; the first is the reference."""
+def output_differences(
+    names: Sequence[str], a: Sequence[Any], b: Sequence[Any], cut: Container[str] = ()
+) -> list[Difference]:
+    """Compare the flat outputs of two runs, but for some that were cut; the first is the reference."""
     return [
         difference(name, reference, other)
         for name, reference, other in zip(names, a, b, strict=True)
-        if isinstance(reference, Tensor) and isinstance(other, Tensor)
+        if isinstance(reference, Tensor) and isinstance(other, Tensor) and name not in cut
     ]
 
 
@@ -130,8 +133,8 @@ def layer_differences(a: Program, b: Program, inputs: Sequence[Tensor], entry: s
         if reference is not None and isinstance(value, Tensor) and value.shape == reference.shape:
             found.append(difference(node.name, reference, value, node))
 
-    a.run_flat(list(inputs), entry=entry, watch=record)
-    b.run_flat(list(inputs), entry=entry, watch=compare)
+    a.run_flat(fit(a.entry(entry), inputs), entry=entry, watch=record)
+    b.run_flat(fit(b.entry(entry), inputs), entry=entry, watch=compare)
     return found
 
 

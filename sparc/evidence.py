@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from sparc import codes
 from sparc.analysis.sites import Site, find_sites
+from sparc.cache import fit
 from sparc.diag import Diagnostic, SparcError, VerifyError
 from sparc.encoding.operators import is_decode
 from sparc.ledger import Ratio, SiteRow, Summary
@@ -141,7 +142,7 @@ def summarize(
         reference: the captured model.
         program: the compiled program.
         emission: what the target made of it.
-        samples: held-out inputs.
+        samples: held-out inputs of the captured model.
         target: the target's name.
         dense_bytes: bytes of the captured model's weights.
 
@@ -164,9 +165,13 @@ def _output_evidence(
     reference: Program, program: Program, emission: Emission, entry: str, batches: Sequence[list[Tensor]]
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Of one entry: the outputs' errors against the reference, and their differences from the program."""
-    names = program.entries[entry].signature.output_names
+    chosen = program.entries[entry]
+    names = chosen.signature.output_names
     expected = run_all(lambda tensors: reference.run_flat(list(tensors), entry=entry), batches)
-    parity = emission.check(program, {entry: batches[0]}, {entry: dict(zip(names, expected[0], strict=True))})
+    batches = [fit(chosen, tensors) for tensors in batches]
+    cut = {slot.output for slot in chosen.cache.slots if slot.kept} if chosen.cache is not None else set()
+    known = {name: value for name, value in zip(names, expected[0], strict=True) if name not in cut}
+    parity = emission.check(program, {entry: batches[0]}, {entry: known})
     run = emission.runner(entry) if emission.native else lambda tensors: program.run_flat(list(tensors), entry=entry)
     actual = run_all(run, batches)
     check_finite(names, expected, actual)
@@ -224,15 +229,18 @@ def latencies(
     *,
     label: str = "",
     budget: float = 6.0,
+    dense_tensors: list[Tensor] | None = None,
 ) -> list[Ratio]:
     """The artifact's time against the uncompressed model in the same runtime, and against eager torch, at the
-    example's shapes, which `label` describes where there are several.
+    example's shapes, which `label` describes where there are several. The uncompressed model's tensors differ where a
+    cache was cut.
     """
+    others = tensors if dense_tensors is None else dense_tensors
     found = []
     end = f": {label}" if label else ""
     if dense is not None:
         against = f"uncompressed, same runtime{end}"
-        found.append(paired_ratio(lambda: runner(tensors), lambda: dense(tensors), against, budget=budget))
+        found.append(paired_ratio(lambda: runner(tensors), lambda: dense(others), against, budget=budget))
     if model is not None:
         with torch.no_grad():
             against = f"eager torch{end}"

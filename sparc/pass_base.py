@@ -112,6 +112,7 @@ class PassContext:
         block: only nodes of this block may be edited; None for all.
         reference: the program before the first approximating pass; None while there was none.
         example: for each entry, flat inputs that a pass may run the program on.
+        calibration: for each entry, all batches of calibration data, for what statistics of values do not tell.
 
     Attributes:
         wide: float64 values of weights, by name, as a pass whose scope is the program computed them before they were
@@ -129,6 +130,7 @@ class PassContext:
         block: int | None = None,
         reference: Program | None = None,
         example: Mapping[str, list[Tensor]] | None = None,
+        calibration: Mapping[str, list[list[Tensor]]] | None = None,
     ) -> None:
         self.diagnostics = diagnostics if diagnostics is not None else Diagnostics()
         self.statistics = statistics
@@ -136,6 +138,7 @@ class PassContext:
         self.block = block
         self.reference = reference
         self.example = dict(example or {})
+        self.calibration = dict(calibration or {})
         self.edits = 0
         self.skips: dict[SkipRow, None] = {}
         self.rewrites: list[Rewrite] = []

@@ -1,6 +1,7 @@
 """The inputs that checks and calibration run on: the user's data, split, or seeded variations of the example inputs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparc import codes
+from sparc.cache import fit
 from sparc.diag import CaptureError, Diagnostics, SparcError
 from sparc.inputs import InputCheck
 from sparc.pass_base import Samples
@@ -140,3 +142,13 @@ def vary(tensors: list[Tensor], seed: int, kept: Sequence[bool] = ()) -> list[Te
         else:
             varied.append(tensor)
     return varied
+
+
+def fit_samples(samples: Samples, program: Program) -> Samples:
+    """The captured model's samples as inputs of a program whose caches may have been cut."""
+    held_out, calibration = (
+        {entry: [fit(program.entries[entry], tensors) for tensors in batches] for entry, batches in each.items()}
+        for each in (samples.held_out, samples.calibration)
+    )
+    example = {entry: fit(program.entries[entry], tensors) for entry, tensors in samples.example.items()}
+    return replace(samples, held_out=held_out, calibration=calibration, example=example)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparc import codes
+from sparc.analysis.values import same_shape, tensor_type
+from sparc.diag import VerifyError
 from sparc.execute import Values, WideWeights, execute, run_node
 from sparc.pass_base import Rewrite
 from sparc.program import Program
@@ -200,16 +203,38 @@ def changed_anchors(before: Program, after: Program, entry: str) -> list[fx.Node
     return anchors
 
 
+def is_resized(before: Program, after: Program) -> bool:
+    """Whether a value that both programs have has another shape in the second one."""
+    return any(_resized(before, after, entry) for entry in after.entries)
+
+
+def _resized(before: Program, after: Program, entry: str) -> set[str]:
+    """The values and weights that have another shape than before, by name."""
+    old = {node.name: tensor_type(node) for node in before.entries[entry].graph.nodes}
+    found = set()
+    for node in after.entries[entry].graph.nodes:
+        was, now = old.get(node.name), tensor_type(node)
+        if was is not None and now is not None and not same_shape(was.shape, now.shape):
+            found.add(node.name)
+    return found
+
+
 def measure_sites(
     before: Program, after: Program, samples: Mapping[str, Sequence[list[Tensor]]], metric: str
 ) -> list[SiteMeasure]:
     """Compare, at every node a pass touched, the node's value before and after *on the same inputs* (those of
-    `before`).
+    `before`). A node is left out when it, or an input, has another shape than before.
     """
     function = METRICS[metric]
     measures: dict[tuple[str, str], SiteMeasure] = {}
     for entry, batches in samples.items():
+        resized = _resized(before, after, entry)
         anchors = {node.name: node for node in changed_anchors(before, after, entry)}
+        anchors = {
+            name: node
+            for name, node in anchors.items()
+            if resized.isdisjoint((name, *(used.name for used in node.all_input_nodes)))
+        }
         if not anchors:
             continue
 
@@ -249,17 +274,51 @@ def evaluate_new(anchor: fx.Node, known: Mapping[str, Any], weights: Mapping[str
         return value(anchor)
 
 
+# types --------------------------------------------------------------------------------------------------------------
+def check_types(step: str, before: Program, after: Program) -> None:
+    """Graphs are well formed; outputs keep shape and dtype, but for what was cut from a cache.
+
+    Args:
+        step: the pass, for messages.
+        before: the program before it.
+        after: and behind it.
+
+    Raises:
+        VerifyError: SPARC304.
+    """
+    for name, entry in after.entries.items():
+        try:
+            entry.graph.lint()
+        except RuntimeError as error:
+            why = str(error)[:300]
+            raise VerifyError(codes.TYPES_CHANGED, f"pass {step!r} left a malformed graph", why=why) from None
+        slots = entry.cache.slots if entry.cache is not None else ()
+        cut = {slot.output: {axis: len(places) for axis, places in slot.kept} for slot in slots}
+        results = zip(before.entries[name].output.args[0], entry.output.args[0], strict=True)  # type: ignore[arg-type]
+        for output, (old, new) in zip(entry.signature.output_names, results, strict=True):
+            left = cut.get(output, {})
+            shape = [left.get(axis, size) for axis, size in enumerate(old.meta["val"].shape)]  # type: ignore[union-attr]
+            was, now = _type(old.meta["val"].dtype, shape), _type(new.meta["val"].dtype, new.meta["val"].shape)  # type: ignore[union-attr]
+            if was != now:
+                what = f"pass {step!r} changed an output's type"
+                raise VerifyError(codes.TYPES_CHANGED, what, why=f"{was} became {now}")
+
+
+def _type(dtype: torch.dtype, shape: Sequence[Any]) -> tuple[torch.dtype, tuple[str, ...]]:
+    return dtype, tuple(map(str, shape))
+
+
 # whole programs -----------------------------------------------------------------------------------------------------
 def output_errors(
     names: Sequence[str], reference: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]
 ) -> dict[str, dict[str, float]]:
     """For each output: the worst relative error, the mean cosine and the mean signal-to-noise ratio over the
-    samples.
+    samples. Outputs of another shape (a cache that was cut) are left out.
     """
     errors: dict[str, dict[str, float]] = {}
     for index, name in enumerate(names):
         pairs = [(a[index], b[index]) for a, b in zip(reference, other, strict=True)]
-        pairs = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
+        pairs = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape]
         if pairs:
             errors[name] = {
                 "relative error": max(relative_error(a, b) for a, b in pairs),

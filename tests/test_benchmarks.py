@@ -1,5 +1,6 @@
 """`python -m benchmarks`: which cases it starts, each in a process of its own."""
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 import sparc
 from benchmarks import __main__ as command
-from benchmarks import exact, timing
+from benchmarks import exact, structural, timing
 from benchmarks.page import README, place
 
 
@@ -78,3 +79,20 @@ def test_files_are_timed_in_turns(tmp_path: Path) -> None:
 def test_the_page_of_exact_passes_shows_the_results_in_the_repository() -> None:
     text = exact.PAGE.read_text()
     assert exact.place(text) == text, "run python -m benchmarks.exact page"
+
+
+def test_structural_figures_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(structural, "FOLDER", tmp_path)
+    ratio = {"median": 1.5, "low": 1.4, "high": 1.61}
+    timed = {"0.5": {"bytes": 0.5, "eager torch": ratio, "ONNX Runtime": ratio}, "control": {"ONNX Runtime": ratio}}
+    line = {"weights": 0.8, "cosine mean": 0.9}
+    figures = {"latency": timed, "keep 0.75": {"magnitude": line}}
+    (tmp_path / "structural-minilm.json").write_text(json.dumps({"machine": {}, **figures}))
+    rows = structural.tables().splitlines()
+    assert "| minilm | 0.5 | 50.0% | 1.50 [1.40, 1.61] | 1.50 [1.40, 1.61] |" in rows
+    assert "| minilm | control |  | 1.50 [1.40, 1.61] |  |" in rows
+    assert rows[-3:] == [
+        "| minilm, 75% of the units | weights | cosine mean |",
+        "|---|---|---|",
+        "| magnitude | 0.800 | 0.900 |",
+    ]

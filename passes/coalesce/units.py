@@ -58,6 +58,10 @@ def obstacle(group: Group) -> str:
     """Why units of the group cannot be merged, copied or removed; empty when they can."""
     if group.frozen or group.statistic:
         return group.frozen or group.statistic
+    if group.cached:
+        return "the cache holds them"
+    if group.kind == "expert":
+        return "which of them is used depends on data"
     for reader in group.contractions:
         if reader.weight is None:
             return f"they are read by {reader.node.name}, whose operands are all computed"

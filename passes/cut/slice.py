@@ -6,6 +6,7 @@ the program computes whose removed channels have zero weights (`mask`).
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def resize(program: Program, state: Coupling, kept: Kept) -> None:
     for contraction in state.contractions:
         if contraction.node.target is aten.scaled_dot_product_attention.default and _touches(contraction.axis, kept):
             _keep_scale(contraction.node, cut_extent(contraction.axis, {}))
+    edited |= _resize_cache(program, state, kept)
     _infer(program, state, kept, edited)
     for leaf, units in kept.items():
         leaf.size = len(units)
@@ -108,7 +110,11 @@ def _units(program: Program, state: Coupling, group: Group, keep: Sequence[int] 
         raise PassError(codes.BAD_OPTION, f"{group.name} is a group of another program, or of another analysis")
     if group.frozen:
         raise PassError(codes.BAD_OPTION, f"{group.name} cannot be cut", why=group.frozen)
-    if not len(units) or int(units[0]) < 0 or int(units[-1]) >= group.units:
+    if len(units) < group.least:
+        why = f"each token goes to {group.least - 1} of them" if group.least > 1 else "some must stay"
+        what = f"{group.name} has units 0 to {group.units - 1}, and cannot be cut to {len(units)}"
+        raise PassError(codes.BAD_OPTION, what, why=why)
+    if int(units[0]) < 0 or int(units[-1]) >= group.units:
         raise PassError(codes.BAD_OPTION, f"{group.name} has units 0 to {group.units - 1}", why="some must stay")
     return units
 
@@ -148,13 +154,36 @@ def _rewrite_sizes(node: fx.Node, arguments: list[SizeArgument], kept: Kept) -> 
             continue
         old = normalized_arguments(node)[each.name]
         if each.index is None:
-            _set_argument(node, each.name, cut_extent(each.axis, kept))
+            _set_argument(node, each.name, cut_extent(each.axis, kept) + each.offset)
             continue
         listed = list(old)
         entry = listed[each.index]
         if entry != -1:
             listed[each.index] = -1 if isinstance(entry, fx.Node) else cut_extent(each.axis, kept)
             _set_argument(node, each.name, listed)
+
+
+def _resize_cache(program: Program, state: Coupling, kept: Kept) -> set[fx.Node]:
+    """Give the slots of caches their new sizes, and note what is left of them; returns their inputs."""
+    resized = set()
+    for entry in program.entries.values():
+        given = dict(zip(entry.signature.input_names, entry.placeholders, strict=True))
+        slots = []
+        for slot in entry.cache.slots if entry.cache is not None else ():
+            node = given[slot.input]
+            shape = list(node.meta["val"].shape)
+            for place, axis in enumerate(state.of(node)):
+                if _touches(axis, kept):
+                    slot = slot.cut(place, remaining(axis, kept).tolist())
+                    shape[place] = cut_extent(axis, kept)
+                    resized.add(node)
+            if node in resized:
+                with entry.fake_mode:
+                    node.meta["val"] = node.meta["val"].new_empty(shape)
+            slots.append(slot)
+        if entry.cache is not None:
+            entry.cache = replace(entry.cache, slots=tuple(slots))
+    return resized
 
 
 def _set_argument(node: fx.Node, name: str, value: Any) -> None:

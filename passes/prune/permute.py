@@ -84,8 +84,9 @@ class PermuteChannels(Pass):
             ]
             if not readers or group.units % self.pattern.m:
                 continue
-            if group.frozen:
-                context.skip(group.name, f"its channels cannot be permuted: {group.frozen}")
+            why = group.frozen or ("the cache holds them" if group.cached else "")
+            if why:
+                context.skip(group.name, f"its channels cannot be permuted: {why}")
                 continue
             if not all(_is_run(index, self.pattern.m) for _, index in readers):
                 continue

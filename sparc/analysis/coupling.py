@@ -27,12 +27,14 @@ class SizeArgument:
         name: the argument's name in its schema.
         index: its place in a list of sizes; None for a single number.
         axis: the axis whose size it is.
+        offset: what is added to the size.
     """
 
     node: fx.Node
     name: str
     index: int | None
     axis: Axis
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Coupling:
         weights: the axes of every weight, by name.
         sizes: arguments that are sizes of axes.
         contractions: where products are summed.
-        hints: what an axis is in the terms of its field: `head`, `head_dim`, `hidden`, `channel`.
+        hints: what an axis is in the terms of its field: `head`, `head_dim`, `hidden`, `channel`, `expert`.
+        experts: nodes that find experts by their numbers only (`sparc.analysis.mixtures`), and the axis of those.
+        least: axes of which so many places must stay.
     """
 
     program: Program
@@ -73,6 +77,8 @@ class Coupling:
     sizes: list[SizeArgument] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     hints: list[tuple[Axis, str]] = field(default_factory=list)
+    experts: dict[fx.Node, Axis] = field(default_factory=dict)
+    least: list[tuple[Axis, int]] = field(default_factory=list)
 
     def of(self, node: Any) -> Axes:
         """The axes of a tensor; of what is no tensor, none."""
@@ -105,9 +111,9 @@ class Coupling:
         freeze(axis, why)
         return axis
 
-    def size(self, node: fx.Node, name: str, index: int | None, axis: Axis) -> None:
-        """Note that an argument is the size of an axis."""
-        self.sizes.append(SizeArgument(node, name, index, axis))
+    def size(self, node: fx.Node, name: str, index: int | None, axis: Axis, offset: int = 0) -> None:
+        """Note that an argument is the size of an axis, plus an offset."""
+        self.sizes.append(SizeArgument(node, name, index, axis, offset))
 
     def contract(self, node: fx.Node, a: tuple[Any, int], b: tuple[Any, int]) -> None:
         """Products of two operands, each with the place of its axis, are summed over that axis."""
@@ -136,7 +142,7 @@ class Coupling:
         if not any(id(leaf) in own for leaf in leaves(of)):
             return False
         name = str(getattr(value.target, "_opname", value.target))
-        if is_weight(value) or name in _WRITERS:
+        if is_weight(value) or value.op == "placeholder" or name in _WRITERS:  # the one that varies is the cache
             return True
         if name == "mul":
             return any(self.vanishes(used, of) for used in value.args)

@@ -247,6 +247,8 @@ def _read_at(*names: str) -> Rule:
 
     def rule(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
         axes = state.of(given["self"])
+        if node in state.experts:
+            return axes
         places = [given[name] for name in names if given.get(name) is not None]
         flat = [p for place in places for p in (place if isinstance(place, (list, tuple)) else [place])]
         for place in flat or range(len(axes)):
@@ -264,7 +266,9 @@ def _gather(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     axes, index = state.of(given["self"]), state.of(given["index"])
     place = _place(given["dim"], len(axes))
     for at, (axis, other) in enumerate(zip(axes, index, strict=True)):
-        if at == place or concrete(extent(axis) - extent(other)) != 0:
+        if at == place and node in state.experts:
+            unify(axis, state.experts[node])
+        elif at == place or concrete(extent(axis) - extent(other)) != 0:
             freeze(axis, "its positions matter to gather")
         else:
             unify(axis, other)
@@ -278,7 +282,9 @@ def _index(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes | None
     used = [place for place, each in enumerate(indices) if each is not None]
     if any(each is not None and each.meta["val"].dtype == torch.bool for each in indices):
         return None
-    for place in used:
+    if node in state.experts:
+        unify(axes[0], state.experts[node])
+    for place in used if node not in state.experts else ():
         freeze(axes[place], "its positions matter to index")
     read = state.broadcast([state.of(indices[place]) for place in used])
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
@@ -385,10 +391,7 @@ LAYOUT: dict[str, Rule] = {
     **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like"], prefix),
     **dict.fromkeys(["arange", "linspace", "scalar_tensor"], _counted),
     **dict.fromkeys(["max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d"], spatial(1)),
-    **dict.fromkeys(
-        ["max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"],
-        spatial(2),
-    ),
+    **dict.fromkeys(["max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"], spatial(2)),
     **dict.fromkeys(["upsample_bilinear2d", "upsample_bicubic2d"], spatial(2)),
     **dict.fromkeys(["max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "upsample_nearest3d"], spatial(3)),
     "max_pool2d_with_indices": _several(2),

@@ -9,8 +9,9 @@ from torch._ops import OpOverload
 from sparc.analysis.axes import ONE, Axis, Product, channels, concrete, divide, extent, freeze, mark, unify
 from sparc.analysis.coupling import Axes, Contraction, Coupling, Rule
 from sparc.analysis.coupling_layout import LAYOUT
+from sparc.analysis.mixtures import routing
 
-_KERNEL = "it is a kernel's position"
+KERNEL_POSITION = "it is a kernel's position"
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
@@ -94,7 +95,7 @@ def _convolution(transposed: bool) -> Rule:
         place = len(axes) - len(kernel) + 1
         read, written = (0, 1) if transposed else (1, 0)
         for axis in (*kernel[2:], *axes[place + 1 :]):
-            freeze(axis, _KERNEL)
+            freeze(axis, KERNEL_POSITION)
         out = kernel[written]
         if count == 1:
             state.contract(node, (x, place), (weight, read))
@@ -105,7 +106,7 @@ def _convolution(transposed: bool) -> Rule:
         state.hints += [(out, "channel"), (axes[place], "channel")]
         for axis in state.of(given.get("bias")):
             unify(axis, out)
-        made = tuple(channels(size, _KERNEL) for size in node.meta["val"].shape[place + 1 :])
+        made = tuple(channels(size, KERNEL_POSITION) for size in node.meta["val"].shape[place + 1 :])
         return (*axes[:place], out, *made)
 
     return rule
@@ -142,7 +143,10 @@ def _embedding(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
 def _grouped_linear(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     """Rows, sorted by expert, times the matrix `[experts, out, in]` of each row's expert."""
     x, weight = given["x"], given["weight"]
-    freeze(state.of(weight)[0], "which expert is used depends on data")
+    if given["ends"] in state.experts:
+        unify(state.of(weight)[0], state.experts[given["ends"]])
+    else:
+        freeze(state.of(weight)[0], "which expert is used depends on data")
     state.contract(node, (x, 1), (weight, 2))
     return (state.of(x)[0], state.of(weight)[1])
 
@@ -229,12 +233,29 @@ def _reduction(state: Coupling, node: fx.Node, given: dict[str, Any]) -> "Axes |
 
 
 def _ranked(state: Coupling, node: fx.Node, given: dict[str, Any]) -> list[Axes]:
-    """topk and sort: which position comes first depends on data."""
+    """topk and sort: which position comes first depends on data. Where positions only find experts, those may go."""
     axes = state.of(given["self"])
     place, why = _place(given["dim"], len(axes)), f"its positions matter to {_name(node)}"
-    freeze(axes[place], why)
+    route = routing(node) if _name(node) == "topk" and place == len(axes) - 1 else None
+    if route is None or not isinstance(given["k"], int):
+        freeze(axes[place], why)
+    else:
+        state.hints.append((axes[place], "expert"))
+        state.least.append((axes[place], given["k"] + 1))
+        readers = (*route.counts, *route.ends, *route.lookups, *route.gathers)
+        state.experts.update(dict.fromkeys(readers, axes[place]))
     made = channels(node.meta["val"][0].shape[place], why)
     return [(*axes[:place], made, *axes[place + 1 :])] * len(node.meta["val"])
+
+
+def _counts(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes | None:
+    """How many rows each expert gets; any other histogram is not seen through."""
+    experts = state.experts.get(node)
+    if experts is None:
+        return None
+    state.size(node, "bins", None, experts)
+    state.size(node, "max", None, experts, offset=-1)
+    return (experts,)
 
 
 def _name(node: fx.Node) -> str:
@@ -271,6 +292,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["softmax", "_softmax", "log_softmax", "_log_softmax"], _softmax),
     **dict.fromkeys(_REDUCTIONS, _reduction),
     **dict.fromkeys(["topk", "sort"], _ranked),
+    "histc": _counts,
 }
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparc.analysis.axes import Axis, Channels, freeze, leaves, mark, positions, repeats
+from sparc.analysis.axes import Axis, Channels, freeze, leaves, mark, positions, repeats, unify
 from sparc.analysis.coupling import Contraction, Coupling
 from sparc.analysis.coupling_rules import rule_of
 from sparc.pattern import normalized_arguments
-from sparc.program import Program
+from sparc.program import Entry, Program
 
-_KINDS = ("head", "queries of a head", "head_dim", "hidden", "channel")
+KINDS = ("expert", "head", "queries of a head", "head_dim", "hidden", "channel", "neuron")
 _COMPUTED = "its size is computed by the program"
 
 
@@ -45,7 +45,7 @@ class Group:
 
     Args:
         units: how many can be removed, one by one.
-        kind: a description: `neuron`, `channel`, `head`, `queries of a head`, `head_dim` or `hidden`.
+        kind: a description: `neuron`, `channel`, `head`, `queries of a head`, `head_dim`, `hidden` or `expert`.
         members: the axes of weights.
         values: the nodes, with the places of the axes, that hold the channels.
         contractions: the products that sum over the channels.
@@ -54,6 +54,7 @@ class Group:
             zero; empty when nothing does.
         channels: the units as a part of axes.
         coupling: the analysis it belongs to.
+        least: how many units must stay: one, or more experts than a token goes to.
     """
 
     units: int
@@ -65,6 +66,12 @@ class Group:
     statistic: str
     channels: Channels = field(repr=False)
     coupling: Coupling = field(repr=False)
+    least: int = 1
+
+    @property
+    def cached(self) -> bool:
+        """Whether a cache holds the channels, so that inputs and outputs of the program have them."""
+        return any(node.op == "placeholder" for node, _ in self.values)
 
     @property
     def name(self) -> str:
@@ -81,13 +88,9 @@ def couple(program: Program) -> Coupling:
     state = Coupling(program)
     for entry in program.entries.values():
         for node in entry.graph.nodes:
-            if node.op == "placeholder":
-                state.closed(node, "it is an input of the program", [])
-                _close(state, [node], "it is an input of the program")
-            elif node.op == "output":
-                _close(state, node.all_input_nodes, "it is an output of the program")
-            elif node.op == "call_function":
+            if node.op == "call_function":
                 _visit(state, node)
+        _close_boundary(state, entry)
     for contraction in state.contractions:
         if contraction.weight is None and not any(
             state.vanishes(operand, contraction.axis) for operand in contraction.operands
@@ -128,8 +131,30 @@ def groups(program: Program) -> list[Group]:
         indexed = tuple(_member(state, leaf, place, summed.get(place, set()), uses) for place in places)
         kind = kinds.get(leaf, "neuron")
         held = tuple(values[leaf])
-        found.append(Group(leaf.size, kind, indexed, held, tuple(readers), leaf.frozen, leaf.statistic, leaf, state))
+        least = max((count for axis, count in state.least if leaf in made_of(axis)), default=1)
+        found.append(
+            Group(leaf.size, kind, indexed, held, tuple(readers), leaf.frozen, leaf.statistic, leaf, state, least)
+        )
     return found
+
+
+def _close_boundary(state: Coupling, entry: Entry) -> None:
+    """Inputs and outputs stay as they are, but for a cache's channels: what one call leaves, the next one takes."""
+    slots = entry.cache.slots if entry.cache is not None else ()
+    given = dict(zip(entry.signature.input_names, entry.placeholders, strict=True))
+    made = list(zip(entry.signature.output_names, entry.output.args[0], strict=True))  # type: ignore[arg-type]
+    inner = {slot.input for slot in slots}, {slot.output for slot in slots}
+    _close(state, [node for name, node in given.items() if name not in inner[0]], "it is an input of the program")
+    results = [node for name, node in made if name not in inner[1] and isinstance(node, fx.Node)]
+    _close(state, results, "it is an output of the program")
+    for slot in slots:
+        before, after = state.of(given[slot.input]), state.of(dict(made)[slot.output])
+        for axis, (old, new) in enumerate(zip(before, after, strict=True)):
+            if axis in (0, slot.axis):
+                freeze(old, "the cache grows along it, or it is the batch")
+                freeze(new, "the cache grows along it, or it is the batch")
+            else:
+                unify(old, new)
 
 
 class _Leaves:
@@ -223,7 +248,7 @@ def _infers(entry: Any, each: Any) -> bool:
 
 def _kinds(state: Coupling) -> dict[Channels, str]:
     found: dict[Channels, str] = {}
-    for kind in reversed(_KINDS):
+    for kind in reversed(KINDS):
         for axis, hint in state.hints:
             if hint == kind:
                 found.update(dict.fromkeys(leaves(axis), kind))

@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from sparc import codes, report_data, report_text
+from sparc.cache import fit
 from sparc.cli.output import out, print_json, say
 from sparc.cli.root import AsJson, TaskName, Threads, Trust
 from sparc.cli.sizes import Sizes, parse_sizes
@@ -49,7 +50,10 @@ def compare(
     check_same_inputs(reference.program.main.signature, ours.program.main.signature)
     inputs = subject_inputs(reference, ours, sizes, seed)
     names = reference.program.main.signature.output_names
-    outputs = output_differences(names, reference.run(inputs), ours.run(inputs))
+    caches = [each.program.main.cache for each in (reference, ours)]
+    cut = {slot.output for cache in caches if cache is not None for slot in cache.slots if slot.kept}
+    given = [fit(each.program.main, inputs) for each in (reference, ours)]
+    outputs = output_differences(names, reference.run(given[0]), ours.run(given[1]), cut)
     found = layer_differences(reference.program, ours.program, inputs) if layers else []
     if as_json:
         print_json(_as_json(ours, reference, outputs, found))

@@ -116,4 +116,10 @@ def subject_inputs(first: Subject, second: Subject | None, sizes: dict[str, int]
         for subject in (first, second):
             if subject is not None and subject.examples is not None:
                 return subject.examples
-    return example_tensors(first.program.main, seed, sizes)
+    uncut = [each for each in (first, second) if each is not None and not _is_cut(each)]
+    return example_tensors((uncut or [first])[0].program.main, seed, sizes)
+
+
+def _is_cut(subject: Subject) -> bool:
+    cache = subject.program.main.cache
+    return cache is not None and any(slot.kept for slot in cache.slots)

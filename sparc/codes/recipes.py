@@ -96,6 +96,13 @@ BLOCKS_REMOVED = Code(
     "else and is smaller. The remark gives the number it was chosen by.",
     "measure what it costs (metric=), or train on",
 )
+UNITS_PRUNED = Code(
+    "SPARC216",
+    "units were pruned",
+    "The least important units of a group (neurons, channels, heads, experts) were removed from every weight that they "
+    "are coupled in; the model computes something else and is smaller.",
+    "measure what it costs (metric=), keep more, refit the readers (compensate=True), or train on",
+)
 NOT_COALESCIBLE = Code(
     "SPARC220",
     "a program has no coarser level, or two programs are not of one family",

@@ -2,11 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sparc import codes
-from sparc.cache import LOGITS, MASK, POSITIONS, TOKENS
+from sparc.cache import LOGITS, MASK, POSITIONS, TOKENS, Cache
 from sparc.diag import LoweringError
 from sparc.generation.artifact import cached_entry, vocabulary
 from sparc.generation.attachments import CONFIG, GENAI_CONFIG, SETTINGS, attached_json
+from sparc.program import Entry
 from sparc.serialize import schema
 
 if TYPE_CHECKING:
@@ -36,7 +39,8 @@ def genai_config(artifact: "Artifact") -> bytes:
 
     Raises:
         ArtifactError: SPARC513 when it does not generate.
-        LoweringError: SPARC509 when its target is not ONNX, or the model has an encoder.
+        LoweringError: SPARC509 when its target is not ONNX, the model has an encoder, or its layers have caches of
+            different shapes.
     """
     if not artifact.target.startswith("onnx"):
         raise LoweringError(codes.NOT_EXPORTABLE, f"target {artifact.target!r} makes no ONNX model")
@@ -46,8 +50,7 @@ def genai_config(artifact: "Artifact") -> bytes:
         raise LoweringError(codes.NOT_EXPORTABLE, "onnxruntime-genai takes no encoder-decoders of this form")
     given = {**attached_json(artifact, CONFIG), **attached_json(artifact, SETTINGS)}
     shares = getattr(artifact.emission, "shares_cache", None)
-    key = dict(zip(entry.signature.input_names, entry.placeholders, strict=True))[entry.cache.slots[0].input]
-    heads, size = key.meta["val"].shape[1], key.meta["val"].shape[3]
+    heads, size = _cache_shape(entry, entry.cache)
     end = given.get("eos_token_id")
     described = {
         "model": {
@@ -62,7 +65,7 @@ def genai_config(artifact: "Artifact") -> bytes:
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "head_size": size,
                 "hidden_size": given.get("hidden_size", heads * size),
-                "num_attention_heads": given.get("num_attention_heads", heads),
+                "num_attention_heads": _query_heads(entry) or given.get("num_attention_heads", heads),
                 "num_key_value_heads": heads,
                 "num_hidden_layers": len(entry.cache.slots) // 2,
                 "inputs": {
@@ -87,6 +90,23 @@ def genai_config(artifact: "Artifact") -> bytes:
         },
     }
     return schema.to_json(_without_nothing(described))
+
+
+def _cache_shape(entry: Entry, cache: Cache) -> tuple[int, int]:
+    """How many heads of keys and values each layer has, and their size: one pair for the whole model."""
+    given = dict(zip(entry.signature.input_names, entry.placeholders, strict=True))
+    shapes = [given[slot.input].meta["val"].shape for slot in cache.slots]
+    if len({(shape[1], shape[3]) for shape in shapes}) > 1:
+        what, why = "onnxruntime-genai wants equal heads in all layers", "some were pruned more than others"
+        raise LoweringError(codes.NOT_EXPORTABLE, what, why=why, hint='prune_units(ranking="group")')
+    return shapes[0][1], shapes[0][3]
+
+
+def _query_heads(entry: Entry) -> int:
+    """How many heads of queries each layer has; 0 when no attention says."""
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    nodes = entry.graph.find_nodes(op="call_function", target=attention)
+    return int(nodes[0].args[0].meta["val"].shape[-3]) if nodes else 0
 
 
 def _pad(pad: Any, end: Any) -> Any:
