@@ -20,12 +20,16 @@ from sparc.passes.fold import (
     fold_table,
 )
 from sparc.passes.prune import Prune
-from sparc.passes.round import Round
+from sparc.passes.round import Compensate, Round
 from sparc.recipe import Recipe, Step
 
 INT8 = IntGrid(bits=8)
 INT4 = IntGrid(bits=4, group=32, symmetric=False)
 W4_BUDGET = 0.17  # of the dense bytes, where 4 bits in groups of 32 take 0.164: what is left goes where it is heard
+W4 = (
+    Round(INT4, fit="search", importance="data", finer=INT8, budget=W4_BUDGET),
+    Step(Round(INT8), where="@embedding"),
+)
 
 
 def prepare() -> tuple[Pass, ...]:
@@ -52,6 +56,7 @@ def recipes() -> dict[str, Recipe]:
     - `w8`: weights in 8 bits per output channel.
     - `w4`: weights in 4 bits per group of 32, and in 8 per output channel where that removes most output noise for each
     byte of a budget; embeddings (and a head tied to one) in 8.
+    - `w4-gptq`: as `w4`, and errors within a row make up for each other on calibration data; it deserves real data.
     - `w8a8`: weights in 8 bits, activations smoothed where that helps and quantized as they come, per tensor or per
     token, whichever pays at each site.
     - `w8a8-static`: weights and activations in 8 bits, ranges calibrated on data, biases corrected.
@@ -63,11 +68,8 @@ def recipes() -> dict[str, Recipe]:
         "exact": Recipe(tuple(Step(each) for each in (*prepare(), *exact())), name="exact"),
         "keep": Recipe((Step(Canonicalize()), Step(Encode())), name="keep"),
         "w8": _recipe("w8", Round(INT8)),
-        "w4": _recipe(
-            "w4",
-            Round(INT4, fit="search", importance="data", finer=INT8, budget=W4_BUDGET),
-            Step(Round(INT8), where="@embedding"),
-        ),
+        "w4": _recipe("w4", *W4),
+        "w4-gptq": _recipe("w4-gptq", *W4, Compensate()),
         "w8a8": _recipe("w8a8", Smooth(), Round(INT8), QuantizeActivations()),
         "w8a8-static": _recipe("w8a8-static", Round(INT8), CalibrateActivations(), CorrectBias()),
         "sparse24-w8": _recipe("sparse24-w8", Prune(NM(2, 4)), Round(INT8)),
