@@ -1,5 +1,6 @@
 """Products with a batch of matrices, in Triton's interpreter, against float64; sizes are odd, so there are tails."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -73,8 +74,16 @@ REGIMES = {
     "skinny split": (Configuration(16, 32, split=2), 17),
     "gemm": (Configuration(64, 32), 70),
 }
+CASES = [
+    pytest.param(encoding, regime, id=f"{encoding}-{regime}", marks=() if quick else pytest.mark.slow)
+    for encoding in ENCODINGS
+    for regime in REGIMES
+    for quick in [regime in ("gemv split", "skinny split", "gemm") or encoding in ENCODINGS[:2]]
+]
+"""Every encoding in every regime; whole sums beside those that are split only for two encodings in quick runs."""
 
 
+@functools.cache
 def make_batch(encoding: Encoding, seed: int = 0) -> Case:
     """Random matrices `[BATCH, ROWS, COLUMNS]` of different sizes, rounded and encoded; the case's parts are those of
     one matrix, its dense weight is the batch.
@@ -115,8 +124,7 @@ def agrees(found: Tensor, exact: Tensor, tolerance: float = TOLERANCE["float16"]
     return all(relative(a, b) < tolerance for a, b in zip(found, exact, strict=True))
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
+@pytest.mark.parametrize(("encoding", "regime"), CASES)
 def test_products_are_right(encoding: Encoding, regime: str) -> None:
     (configuration, tokens), case = REGIMES[regime], make_batch(encoding)
     x = activation(tokens)
