@@ -142,7 +142,7 @@ def test_greedy_tokens_are_the_models(name: str, target: str) -> None:
 def test_tokens_that_settings_prescribe(artifact: Artifact) -> None:
     found = artifact.generate(**sources(), max_new_tokens=6)
     assert found[:, -1].tolist() == [2, 2, 2]  # forced_eos_token_id of BART's configuration
-    model = encoder_decoder("bart", forced_eos_token_id=None)
+    model = encoder_decoder("bart", forced_eos_token_id=None, encoder_layers=1, decoder_layers=1)
     model.generation_config.forced_bos_token_id = 7
     forced = compiled(model).generate(**sources(), max_new_tokens=6)
     assert forced[:, 1].tolist() == [7, 7, 7]
@@ -242,7 +242,7 @@ def test_bad_sources(artifact: Artifact, given: dict[str, Any]) -> None:
 
 def test_a_decoder_alone_reads_no_source() -> None:
     with pytest.raises(ArtifactError, match=r"SPARC512.*no encoder"):
-        compiled(decoder("gpt2")).session(input_ids=targets(1, 3))
+        compiled(decoder("gpt2", n_layer=1)).session(input_ids=targets(1, 3))
 
 
 def test_what_is_missing_is_said(artifact: Artifact) -> None:

@@ -52,6 +52,7 @@ from tests.codegen.triton.test_target import QUICK, compiled, emission, sites
 from tests.codegen.triton.test_target import agrees as agrees_with_program
 
 BATCH, ROWS, COLUMNS = 3, 45, 200
+SLOW = pytest.mark.slow
 ENCODINGS: list[Encoding] = [
     Dense("float16"),
     IntGrid(4, group=32, symmetric=False),
@@ -74,13 +75,17 @@ REGIMES = {
     "skinny split": (Configuration(16, 32, split=2), 17),
     "gemm": (Configuration(64, 32), 70),
 }
+QUICKLY = {
+    **{str(encoding): ("gemv split", "skinny split", "gemm") for encoding in ENCODINGS},
+    **{str(encoding): tuple(REGIMES) for encoding in ENCODINGS[:2]},  # whole sums beside those that are split
+    str(BinaryCode(2, 48)): ("skinny split",),  # the interpreter is slow at these
+    str(NM(2, 4, of=BinaryCode(2, 64))): ("gemv split",),
+}
 CASES = [
-    pytest.param(encoding, regime, id=f"{encoding}-{regime}", marks=() if quick else pytest.mark.slow)
+    pytest.param(encoding, regime, id=f"{encoding}-{regime}", marks=() if regime in QUICKLY[str(encoding)] else SLOW)
     for encoding in ENCODINGS
     for regime in REGIMES
-    for quick in [regime in ("gemv split", "skinny split", "gemm") or encoding in ENCODINGS[:2]]
 ]
-"""Every encoding in every regime; whole sums beside those that are split only for two encodings in quick runs."""
 
 
 @functools.cache
