@@ -1,6 +1,7 @@
 """One of several processes that calibrate together: `python -m tests.ranks_worker RANK COUNT FOLDER`."""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -56,12 +57,16 @@ def found() -> dict[str, Tensor]:
 
 
 def main(rank: int, count: int, folder: Path) -> None:
-    """Write what this process found."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=count)
-    save_file(found(), folder / f"{rank}.safetensors")
-    distributed.destroy_process_group()
+    """Write what this process found; one that does not come is given up after two minutes."""
+    store = f"file://{folder / 'store'}"
+    patience = timedelta(minutes=2)
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=patience)
+    try:
+        save_file(found(), folder / f"{rank}.safetensors")
+    finally:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -243,7 +243,13 @@ def llama():
     return transformers.LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize(("recipe", "target"), [("dense", "reference"), ("dense", "onnx"), ("w8", "onnx")])
+@pytest.mark.parametrize(
+    ("recipe", "target"),
+    [
+        ("dense", "onnx"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("dense", "reference"), ("w8", "onnx"))),
+    ],
+)
 def test_generation_with_a_growing_cache(recipe, target):
     model, prompt = llama(), torch.tensor([[5, 9, 2, 11, 7]])
     expected = model.generate(prompt, max_new_tokens=8, do_sample=False)

@@ -1,6 +1,7 @@
 """Laws about the repository itself: what is where, who imports whom, and that pages and lists agree with the code."""
 
 import ast
+import functools
 import importlib.util
 import os
 import re
@@ -34,7 +35,18 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 PYTHON = [path for folder in FOLDERS for path in walk(ROOT / folder) if path.suffix == ".py"]
-TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in PYTHON}
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trees_are_let_go() -> Iterator[None]:
+    """Millions of nodes would slow down every collection of garbage in the tests that follow."""
+    yield
+    parsed.cache_clear()
 
 
 def module_of(path: Path) -> str:
@@ -100,7 +112,8 @@ def test_the_bare_names_cannot_be_imported(name: str) -> None:
 
 def test_files_and_functions_are_short() -> None:
     long = [f"{path}: {count} lines" for path in PYTHON if (count := len(lines_of(path))) > LONGEST_FILE]
-    for path, tree in TREES.items():
+    for path in PYTHON:
+        tree = parsed(path)
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and code_lines(node) > LONGEST_FUNCTION:
                 long.append(f"{path}:{node.lineno} {node.name}: {code_lines(node)} lines")
@@ -136,7 +149,7 @@ def test_no_file_names_a_machine() -> None:
 # imports --------------------------------------------------------------------------------------------------------------
 def test_passes_and_codegen_never_see_each_other() -> None:
     for module, path in MODULES.items():
-        for used in imports(TREES[path], lazy=True):
+        for used in imports(parsed(path), lazy=True):
             assert not (within(module, "sparc.passes") and within(used, "sparc.codegen")), f"{module} imports {used}"
             assert not (within(module, "sparc.codegen") and within(used, "sparc.passes")), f"{module} imports {used}"
 
@@ -146,20 +159,20 @@ def test_the_core_knows_neither_but_for_api_and_cli_lazily() -> None:
         if within(module, "sparc.passes") or within(module, "sparc.codegen"):
             continue
         lazy = module not in ("sparc.api", "sparc.cli")
-        for used in imports(TREES[path], lazy=lazy):
+        for used in imports(parsed(path), lazy=lazy):
             assert not within(used, "sparc.passes"), f"{module} imports {used}"
             assert not within(used, "sparc.codegen"), f"{module} imports {used}"
 
 
 def test_the_library_never_imports_its_surroundings() -> None:
     for module, path in MODULES.items():
-        outside = {used.partition(".")[0] for used in imports(TREES[path], lazy=True)}
+        outside = {used.partition(".")[0] for used in imports(parsed(path), lazy=True)}
         assert not outside & {"tests", "benchmarks", "examples", "docs", "passes", "codegen", "pickle"}, module
 
 
 def test_no_module_is_loaded_in_a_cycle() -> None:
     graph = {
-        module: {used for used in imports(TREES[path], lazy=False) if used in MODULES and used != module}
+        module: {used for used in imports(parsed(path), lazy=False) if used in MODULES and used != module}
         for module, path in MODULES.items()
     }
     try:
@@ -177,7 +190,7 @@ def test_every_dependency_is_declared_and_used() -> None:
     distributions = packages_distributions()
     used = set()
     for path in MODULES.values():
-        for module in imports(TREES[path], lazy=True):
+        for module in imports(parsed(path), lazy=True):
             name = module.partition(".")[0]
             if name not in sys.stdlib_module_names and name != "sparc":
                 used |= {each.lower().replace("_", "-") for each in distributions.get(name, [name])}

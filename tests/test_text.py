@@ -74,7 +74,7 @@ def test_sizes_carry_the_users_names():
     assert "f32[rows, 4]" in text
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "convnext"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "convnext", pytest.param("t5", marks=pytest.mark.slow)])
 def test_canonical_programs(name, golden):
     built = ARCHITECTURES[name].build()
     program = capture(built.model, dict(built.inputs), dynamic=built.dynamic)

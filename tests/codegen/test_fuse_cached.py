@@ -19,7 +19,7 @@ from sparc.target import EmitContext
 from tests.codegen.decoders import call, calls, compiled, tiny
 from tests.codegen.emitting import assert_agrees, operators
 
-GROUPED = ("llama", "mistral", "gpt2", "phi")
+GROUPED = ("llama", "mistral", "gpt2", pytest.param("phi", marks=pytest.mark.slow))
 
 
 def emission_of(artifact: Artifact) -> OnnxEmission:
@@ -173,7 +173,7 @@ def test_logits_to_keep_may_be_left_out() -> None:
         torch.testing.assert_close(torch.from_numpy(some), want[:, places], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", ["w8", "w4"])
+@pytest.mark.parametrize("recipe", ["w8", pytest.param("w4", marks=pytest.mark.slow)])
 def test_a_head_and_its_embedding_read_one_tensor(recipe: str) -> None:
     """Entries with a cache multiply codes by blocks; rows are looked up in the same codes, scales and zero points."""
     artifact = compiled("gpt2", recipe)

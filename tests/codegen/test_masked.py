@@ -1,5 +1,6 @@
 """Masked weights (N:M, blocks) in ONNX: no operator skips zeros, so every element's code is stored, and only those."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sparc.ledger import Ledger
 from sparc.passes.encode import Encode
 from sparc.passes.prune import Prune
 from sparc.passes.round import Round
+from sparc.program import Program
 from sparc.serialize.masked import masked_from_json, masked_to_json, pick
 from sparc.target import Masked, StoredTensor
 from tests.artifacts import code_of, content
@@ -52,8 +54,13 @@ class Net(nn.Module):
 IDS = torch.arange(12).reshape(3, 4)
 
 
+@functools.cache
+def captured() -> Program:
+    return capture(Net(), (IDS,))
+
+
 def artifact(spec: Encoding, flavour: str, only: str = "") -> Artifact:
-    program = encode_weights(capture(Net(), (IDS,)), spec, only)
+    program = encode_weights(captured(), spec, only)
     return Artifact(program, Ledger(), [], emit(program, flavour))
 
 

@@ -72,7 +72,7 @@ GRIDS = [
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("reduce", [64, 80, 51])
+@pytest.mark.parametrize("reduce", [64, 51, pytest.param(80, marks=pytest.mark.slow)])
 def test_weight_only(grid: IntGrid, flavour: str, reduce: int) -> None:
     program, x = linear(reduce)
     check(encode_weights(program, grid), x, flavour)

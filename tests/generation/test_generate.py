@@ -32,7 +32,13 @@ def artifact() -> Artifact:
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("llama", "onnx"), ("mistral", "reference"), ("gpt2", "onnx"), ("gemma2", "reference"), ("bloom", "reference")],
+    [
+        ("llama", "onnx"),
+        ("mistral", "reference"),
+        ("gpt2", "onnx"),
+        ("bloom", "reference"),
+        pytest.param("gemma2", "reference", marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_tokens_are_the_models(name: str, target: str) -> None:
     model, artifact = served(name, target)

@@ -1,5 +1,6 @@
 """A cache in buffers gives what explicit tensors give, and is written in place."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from sparc.generation.static_cache import StaticCache, in_place
 from tests.generation.decoders import decoder, prompts
 
 
+@cache
 def compiled(name: str, target: str = "reference", recipe: str = "dense") -> Artifact:
     return sparc.compile(decoder(name), task="text-generation", recipe=recipe, target=target, measure=False)
 
@@ -21,7 +23,7 @@ def explicit(artifact: Artifact, batch: int) -> Session:
     return Session(entry, ExplicitCache(entry, batch, artifact.run_flat), batch, 64)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_buffers_give_what_tensors_give(name: str) -> None:
     artifact = compiled(name)
     session = artifact.session(batch=2, length=20)

@@ -119,8 +119,8 @@ def test_dead_channels_are_no_trouble() -> None:
 
 def test_mean_magnitudes() -> None:
     seen = observer("absmean:1")
-    seen.update(torch.tensor([[[1.0, -3.0], [2.0, 2.0]]]))
-    seen.update(torch.tensor([[[-4.0], [float("inf")]]]))
+    seen.update(torch.tensor([[[1.0, -3.0], [2.0, 2.0]]]), 0)
+    seen.update(torch.tensor([[[-4.0], [float("inf")]]]), 1)
     assert seen.result().tolist() == pytest.approx([8 / 3, 4 / 3])
 
 

@@ -21,7 +21,7 @@ from tests.architectures import ARCHITECTURES
 from tests.mixtures import DYNAMIC, EXPERTS, INNER, ROUTES, WIDTH, Mixture, inputs
 
 ROUTE = "an expert without tokens"
-FAMILIES = ("mixtral", "qwen3_moe")
+FAMILIES = ("mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize("spelling", ["grouped_mm", "stored"])

@@ -66,9 +66,9 @@ def architecture(name: str) -> tuple[Program, list[Tensor]]:
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("llama", {"head", "queries of a head", "head_dim", "neuron"}),
+        pytest.param("llama", {"head", "queries of a head", "head_dim", "neuron"}, marks=pytest.mark.slow),
         ("phi3", {"head", "queries of a head", "head_dim", "neuron"}),
-        ("gpt_neox", {"head", "head_dim", "neuron"}),
+        pytest.param("gpt_neox", {"head", "head_dim", "neuron"}, marks=pytest.mark.slow),
         ("gpt2", {"head", "head_dim", "neuron"}),
         ("efficientnet", {"channel"}),
         ("regnet", {"channel"}),

@@ -229,7 +229,7 @@ def test_the_result_is_stored_and_takes_other_sizes():
     assert_pass(DropBlocks(1), model, (torch.randn(2, 3, 5, 6),), dynamic={"x": {0: "batch"}})
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "vit", pytest.param("t5", marks=pytest.mark.slow)])
 def test_a_silenced_layer_of_an_architecture_leaves_no_trace(name):
     built = ARCHITECTURES[name].build().enlivened()
     program = capture(built.model, built.inputs, dynamic=built.dynamic)

@@ -11,7 +11,7 @@ from sparc.capture import capture
 from sparc.diag import SparcError
 from sparc.driver import Driver
 from sparc.ledger import PassRow
-from sparc.pass_base import Samples
+from sparc.pass_base import PassContext, Samples
 from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.fold import FoldPrompt
 from sparc.passes.fold.prompt_attention import BIDIRECTIONAL, PromptedSequence
@@ -62,10 +62,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2, plain": lambda: Plain(language_model("gpt2"), 32),
     "gpt2, peft": lambda: Tuned(language_model("gpt2")),
 }
+QUICK = ("llama, one key for all heads", "gpt2, peft")
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_language_models(name: str) -> None:
     torch.manual_seed(0)
     before, after, row = fold(MODELS[name]().double(), {"input_ids": IDS})
@@ -333,9 +336,20 @@ def _too_late(self: Sequence, node: Any, arguments: Any, q: Split) -> Any:
 WHOLE, ARANGE, MASKED = Sequence.whole, Sequence._arange, PromptedSequence._rest_mask
 
 
-@pytest.mark.parametrize(("method", "twin"), [("whole", _swapped), ("_arange", _unshifted), ("_rest_mask", _too_late)])
-def test_wrong_twins_do_not_get_through(method: str, twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PromptedSequence, method, twin)
+@pytest.fixture(scope="module")
+def prompted() -> Program:
+    """A language model with a prompt in front, in canonical form."""
     torch.manual_seed(0)
+    model = Plain(language_model("gpt2"), 32).eval()
+    program = capture(model, {"input_ids": IDS}, dynamic={"input_ids": {0: "batch", 1: "length"}})
+    Canonicalize().run(program, PassContext())
+    return program
+
+
+@pytest.mark.parametrize(("method", "twin"), [("whole", _swapped), ("_arange", _unshifted), ("_rest_mask", _too_late)])
+def test_wrong_twins_do_not_get_through(
+    method: str, twin: Any, prompted: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PromptedSequence, method, twin)
     with pytest.raises(SparcError, match="SPARC301"):
-        fold(Plain(language_model("gpt2"), 32), {"input_ids": IDS})
+        Driver(prompted.clone(), Samples({"forward": [[IDS]]}), verify="full").run(FoldPrompt(limit=1.0))

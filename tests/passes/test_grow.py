@@ -1,5 +1,7 @@
 """Growth: the same function with more units or layers, and what cannot grow."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,7 +45,9 @@ def double(name):
     return program, program.main.signature.bind((), inputs)
 
 
+@functools.cache
 def gated():
+    """Captured once; growth leaves it alone."""
     torch.manual_seed(0)
     return capture(Decoder(Layer()).double().eval(), (IDS,))
 
@@ -131,7 +135,10 @@ def test_noise_is_on_the_copies_only():
     assert 1e-9 < error(program, grown, [IDS]) < 0.05
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "mobilenet_v2"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "t5")]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mobilenet_v2", *SLOW])
 def test_every_group_of_an_architecture(name):
     program, flat = double(name)
     found = [group for group in groups(program) if not obstacle(group) and not all(m.read for m in group.members)]
@@ -230,7 +237,7 @@ def test_shared_layers_share_what_is_not_zero():
     }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "vit", pytest.param("t5", marks=pytest.mark.slow)])
 def test_architectures_grow_deeper(name):
     built = ARCHITECTURES[name].build().enlivened()
     program = capture(built.model, built.inputs, dynamic=built.dynamic)

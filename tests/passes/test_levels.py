@@ -191,7 +191,13 @@ ARCHITECTURES_WITH_HEADS = {
 }
 
 
-@pytest.mark.parametrize(("name", "auto"), ARCHITECTURES_WITH_HEADS.items())
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        pytest.param(*each, marks=pytest.mark.slow if each[0] in ("gpt_neox", "qwen3") else ())
+        for each in ARCHITECTURES_WITH_HEADS.items()
+    ],
+)
 def test_features_of_an_architecture_keep_the_function(name, auto):
     program, flat = architecture(name, auto)
     small, level = sparc.coalesce(program, depth=1)

@@ -1,5 +1,6 @@
 """Runs a generated kernel in Triton's interpreter and compares it with float64."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -28,8 +29,9 @@ class Case:
     parts: Parts
 
 
+@functools.cache
 def make_case(encoding: Encoding, lowering: LoweringType, rows: int, columns: int, *, seed: int = 0) -> Case:
-    """A random weight `[rows, columns]`, rounded and encoded."""
+    """A random weight `[rows, columns]`, rounded and encoded, once for all who ask for it."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     grid = encoding.fit(weight)

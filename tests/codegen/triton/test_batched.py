@@ -1,5 +1,6 @@
 """Products with a batch of matrices, in Triton's interpreter, against float64; sizes are odd, so there are tails."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ from tests.codegen.triton.test_target import QUICK, compiled, emission, sites
 from tests.codegen.triton.test_target import agrees as agrees_with_program
 
 BATCH, ROWS, COLUMNS = 3, 45, 200
+SLOW = pytest.mark.slow
 ENCODINGS: list[Encoding] = [
     Dense("float16"),
     IntGrid(4, group=32, symmetric=False),
@@ -73,8 +75,20 @@ REGIMES = {
     "skinny split": (Configuration(16, 32, split=2), 17),
     "gemm": (Configuration(64, 32), 70),
 }
+QUICKLY = {
+    **{str(encoding): ("gemv split", "skinny split", "gemm") for encoding in ENCODINGS},
+    **{str(encoding): tuple(REGIMES) for encoding in ENCODINGS[:2]},  # whole sums beside those that are split
+    str(BinaryCode(2, 48)): ("skinny split",),  # the interpreter is slow at these
+    str(NM(2, 4, of=BinaryCode(2, 64))): ("gemv split",),
+}
+CASES = [
+    pytest.param(encoding, regime, id=f"{encoding}-{regime}", marks=() if regime in QUICKLY[str(encoding)] else SLOW)
+    for encoding in ENCODINGS
+    for regime in REGIMES
+]
 
 
+@functools.cache
 def make_batch(encoding: Encoding, seed: int = 0) -> Case:
     """Random matrices `[BATCH, ROWS, COLUMNS]` of different sizes, rounded and encoded; the case's parts are those of
     one matrix, its dense weight is the batch.
@@ -115,8 +129,7 @@ def agrees(found: Tensor, exact: Tensor, tolerance: float = TOLERANCE["float16"]
     return all(relative(a, b) < tolerance for a, b in zip(found, exact, strict=True))
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
+@pytest.mark.parametrize(("encoding", "regime"), CASES)
 def test_products_are_right(encoding: Encoding, regime: str) -> None:
     (configuration, tokens), case = REGIMES[regime], make_batch(encoding)
     x = activation(tokens)

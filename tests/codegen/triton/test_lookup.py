@@ -134,15 +134,21 @@ def _fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+COSTS: list[tuple[BinaryCode, int, Product]] = [
+    (BinaryCode(3), 256, "float16"),
+    (BinaryCode(1), 256, "float16"),
+    (BinaryCode(3, 32), 128, "float16"),
+    (BinaryCode(4, "channel"), 256, "bfloat16"),
+    (BinaryCode(2), 128, "float32"),
+]
+
+
 @pytest.mark.parametrize(
-    ("encoding", "rows", "product"),
+    ("encoding", "rows", "product", "capability"),
     [
-        (BinaryCode(1), 256, "float16"),
-        (BinaryCode(3), 256, "float16"),
-        (BinaryCode(3, 32), 128, "float16"),
-        (BinaryCode(4, "channel"), 256, "bfloat16"),
-        (BinaryCode(2), 128, "float32"),
+        *((*each, 90) for each in COSTS),
+        (*COSTS[0], 80),
+        *(pytest.param(*each, 80, marks=pytest.mark.slow) for each in COSTS[1:]),
     ],
     ids=str,
 )

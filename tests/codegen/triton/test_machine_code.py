@@ -1,5 +1,7 @@
 """Kernels at the sizes of a language model keep their promises as machine code for an A100 and an H100."""
 
+import functools
+
 import pytest
 import torch
 
@@ -50,6 +52,7 @@ SURROUNDED = Epilogue((EpilogueInput("r", "float16", "full"),), ("a = product * 
 RMS = Prologue("rms_norm", 1e-5, gain=True)
 
 
+@functools.cache
 def lowering(encoding: Encoding) -> WeightLowering:
     torch.manual_seed(0)
     weight = torch.randn(ROWS, COLUMNS)

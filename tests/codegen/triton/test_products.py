@@ -58,11 +58,18 @@ ENCODINGS: list[tuple[Encoding, LoweringType]] = [
     (BinaryCode(4, "channel", "float16"), BinaryCodeWeight),
 ]
 
+CASES = [
+    pytest.param(encoding, lowering, regime, id=f"{encoding}-{regime}", marks=() if quick else pytest.mark.slow)
+    for encoding, lowering in ENCODINGS
+    for regime in REGIMES
+    for quick in [regime in ("gemv split", "skinny split", "gemm") or encoding == IntGrid(4, group=32, symmetric=False)]
+]
+"""Every encoding in every regime; whole sums and atomics beside split sums only for one encoding in quick runs."""
+
 BLOCKS_OF_FLOATS: list[tuple[Encoding, LoweringType]] = [(MXFP4(), MXFP4Weight), (NVFP4(), NVFP4Weight)]
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize(("encoding", "lowering"), ENCODINGS, ids=[str(encoding) for encoding, _ in ENCODINGS])
+@pytest.mark.parametrize(("encoding", "lowering", "regime"), CASES)
 def test_float16_products_are_right(encoding: Encoding, lowering: LoweringType, regime: str) -> None:
     configuration, tokens = REGIMES[regime]
     case = make_case(encoding, lowering, 45, 200)
