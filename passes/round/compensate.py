@@ -46,6 +46,7 @@ class Compensate(Pass):
     floor: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.damping < float("inf"):
             raise PassError(codes.BAD_OPTION, f"compensate has no damping {self.damping!r}", hint="0.01")
 
