@@ -11,6 +11,7 @@ from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
 from sparc.pass_base import Pass, Samples
 from sparc.passes.encode import Encode
+from sparc.passes.low_rank import LowRank
 from sparc.passes.prune import Prune
 from sparc.passes.round import Compensate, Round
 from sparc.program import Program
@@ -99,3 +100,26 @@ def test_without_grids_there_is_nothing_to_do() -> None:
 def test_negative_damping_is_refused() -> None:
     with pytest.raises(PassError, match="SPARC209"):
         Compensate(damping=-1)
+
+
+def test_beside_factors_it_aims_at_what_they_leave() -> None:
+    given, chosen = batches(), model()
+    with torch.no_grad():
+        chosen[0].weight.add_(4.0)  # all of it goes into the factors
+    samples = Samples({"forward": given[:1]}, {"forward": given[1:]}, synthetic=False)
+    program = capture(chosen, tuple(given[0]))
+    expected, found = program.run_flat(given[0])[0], []
+    for steps in ([Round(GRID)], [Round(GRID), Compensate()]):
+        beside = Driver(program.clone(), samples)
+        for step in (LowRank(rank=2, beside=IntGrid(8)), *steps):
+            beside.run(step)
+        found.append(float((beside.program.run_flat(given[0])[0] - expected).square().mean()))
+    assert found[1] < found[0]
+
+
+def test_what_only_factors_have_changed_is_left_alone() -> None:
+    chosen = driver()
+    chosen.run(LowRank(rank=2, beside=IntGrid(8)))
+    row = chosen.run(Compensate())
+    assert row.changed == 0
+    assert {skip.why for skip in row.skips} == {"no mask and no rounding has changed it"}

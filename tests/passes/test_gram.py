@@ -12,6 +12,8 @@ from sparc.observers import Gram
 from sparc.pass_base import PassContext
 from sparc.passes.second_order import gram_watches, reconstruction_error, site_gram
 from sparc.program import Program
+from tests.mixtures import Mixture
+from tests.mixtures import inputs as routed
 
 
 def grams(program: Program, batches: list[list[Tensor]]) -> dict[str, Tensor | None]:
@@ -92,3 +94,21 @@ def test_what_meets_no_rows_has_none() -> None:
     found = grams(capture(model, (batches[0][0],)), batches)
     assert found["0.weight"] is None
     assert found["2.weight"] is not None
+
+
+def test_inputs_whose_squares_are_no_numbers_have_none() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 4))
+    batches = [[1e25 * torch.randn(3, 4)] for _ in range(2)]
+    assert grams(capture(model, (batches[0][0],)), batches) == {"0.weight": None}
+
+
+def test_runs_count_infinities_and_nan_as_zeros() -> None:
+    x, experts = routed("33 tokens")
+    x[0], x[1] = torch.nan, torch.inf
+    found = grams(capture(Mixture(), (x, experts)), [[x, experts]])["up"]
+    assert found is not None
+    seen = torch.where(x.isfinite(), x, 0.0).double()
+    for expert, gram in enumerate(found):
+        rows = seen[experts == expert]
+        torch.testing.assert_close(gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
