@@ -1,18 +1,22 @@
 """Compensation: values are chosen once more on grids, and under masks, that are there already."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sparc.capture import capture
+from sparc.contract import Approximate
 from sparc.diag import PassError
 from sparc.driver import Driver
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
-from sparc.pass_base import Pass, Samples
+from sparc.pass_base import Pass, PassContext, Samples, Stage
 from sparc.passes.encode import Encode
 from sparc.passes.low_rank import LowRank
-from sparc.passes.prune import Prune
+from sparc.passes.prune import PermuteChannels, Prune
 from sparc.passes.round import Compensate, Round
 from sparc.program import Program
 
@@ -102,19 +106,41 @@ def test_negative_damping_is_refused() -> None:
         Compensate(damping=-1)
 
 
-def test_beside_factors_it_aims_at_what_they_leave() -> None:
-    given, chosen = batches(), model()
-    with torch.no_grad():
-        chosen[0].weight.add_(4.0)  # all of it goes into the factors
-    samples = Samples({"forward": given[:1]}, {"forward": given[1:]}, synthetic=False)
-    program = capture(chosen, tuple(given[0]))
-    expected, found = program.run_flat(given[0])[0], []
-    for steps in ([Round(GRID)], [Round(GRID), Compensate()]):
-        beside = Driver(program.clone(), samples)
-        for step in (LowRank(rank=2, beside=IntGrid(8)), *steps):
-            beside.run(step)
-        found.append(float((beside.program.run_flat(given[0])[0] - expected).square().mean()))
+@dataclass(frozen=True)
+class Shorten(Pass):
+    """Stands for every pass that approximates before others rewrite the weights."""
+
+    name: ClassVar[str] = "shorten"
+    stage: ClassVar[Stage] = Stage.CUT
+
+    @property
+    def contract(self) -> Approximate:
+        """A weight changes a little."""
+        return Approximate()
+
+    def run(self, program: Program, context: PassContext) -> None:
+        """Make a weight a thousandth smaller."""
+        program.set_weight("2.weight", program.weights["2.weight"] * 0.999)
+
+
+def test_it_aims_at_what_equal_rewrites_made_of_a_cut_model() -> None:
+    given = batches()
+    found = []
+    for last in ([], [Compensate()]):
+        chosen = driver()
+        expected = chosen.program.run_flat(given[0])[0]
+        for step in (Shorten(), PermuteChannels(NM(2, 4)), Prune(NM(2, 4)), Round(GRID), *last):
+            chosen.run(step)
+        found.append(float((chosen.program.run_flat(given[0])[0] - expected).square().mean()))
     assert found[1] < found[0]
+
+
+def test_the_factors_of_a_weight_are_compensated_too() -> None:
+    chosen = driver()
+    for step in (LowRank(rank=8), Round(GRID)):
+        chosen.run(step)
+    row = chosen.run(Compensate())
+    assert (row.changed, row.skips) == (4, [])
 
 
 def test_what_only_factors_have_changed_is_left_alone() -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional
 from sparc.analysis.sites import find_sites
 from sparc.calibration import Calibration
 from sparc.capture import capture
-from sparc.observers import Gram
+from sparc.observers import Gram, gram
 from sparc.pass_base import PassContext
 from sparc.passes.second_order import gram_watches, reconstruction_error, site_gram
 from sparc.program import Program
@@ -112,3 +112,15 @@ def test_runs_count_infinities_and_nan_as_zeros() -> None:
     for expert, gram in enumerate(found):
         rows = seen[experts == expert]
         torch.testing.assert_close(gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [1000, 100, 37])
+def test_patches_are_spaced_evenly_over_the_whole_batch(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "_PATCHES", most)
+    torch.manual_seed(4)
+    image = torch.randn(5, 4, 9, 8)
+    geometry = gram.Geometry((3, 2), (2, 1), ((1, 1), (0, 0)), (1, 1), 2)
+    every = functional.unfold(image, (3, 2), padding=(1, 0), stride=(2, 1)).movedim(1, 0).flatten(1).T
+    step = -(-len(every) // most)
+    expected = every[::step].unflatten(-1, (2, -1)).transpose(0, 1)
+    assert torch.equal(gram.PatchGram(geometry).rows_of(image), expected)
