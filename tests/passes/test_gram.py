@@ -109,9 +109,9 @@ def test_runs_count_infinities_and_nan_as_zeros() -> None:
     found = grams(capture(Mixture(), (x, experts)), [[x, experts]])["up"]
     assert found is not None
     seen = torch.where(x.isfinite(), x, 0.0).double()
-    for expert, gram in enumerate(found):
+    for expert, mean in enumerate(found):
         rows = seen[experts == expert]
-        torch.testing.assert_close(gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("most", [1000, 100, 37])
