@@ -216,7 +216,7 @@ def test_a_mask_is_chosen_on_the_way(inner: ElementEncoding) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(16, 24), correlated(200, 24)
     found = after(linear(weight), x, gptq(NM(2, 4, of=inner))).program.weights["weight"]
-    wanda = after(linear(weight), x, Prune(importance="data"), Round(inner)).program.weights["weight"]
+    wanda = after(linear(weight), x, Prune(method="wanda"), Round(inner)).program.weights["weight"]
     assert bool(((found != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
     errors = [float(reconstruction_error((each - weight).unsqueeze(0), gram_of(x)).sum()) for each in (found, wanda)]
     assert errors[0] < 0.8 * errors[1]
