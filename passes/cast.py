@@ -45,6 +45,7 @@ class Cast(Pass):
         Raises:
             PassError: SPARC209 for another dtype.
         """
+        super().__post_init__()
         if self.dtype not in DTYPES:
             raise PassError(codes.BAD_OPTION, f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
 

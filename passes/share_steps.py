@@ -50,6 +50,7 @@ class ShareSteps(Pass):
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps is not None and self.steps < 1:
             raise PassError(codes.BAD_OPTION, f"share_steps cannot keep {self.steps} steps", hint="steps=1 or more")
 

@@ -17,7 +17,7 @@ from sparc.diag import Diagnostics, PassError, SparcError, VerifyError
 from sparc.execute import execute
 from sparc.ledger import Ledger, PassRow
 from sparc.memory import trim
-from sparc.pass_base import Pass, PassContext, Rewrite, Samples
+from sparc.pass_base import Pass, PassContext, Rewrite, Samples, Stage
 from sparc.program import Program, location
 from sparc.samples import fit_samples
 from sparc.verify import (
@@ -76,7 +76,7 @@ class Driver:
         """
         started = time.perf_counter()
         before, after = self.program, self.program.clone()
-        if self._reference is None and isinstance(step.contract, Approximate):
+        if self._reference is None and step.stage >= Stage.MASK and isinstance(step.contract, Approximate):
             self._reference = before
         context = self._edit(step, after, claims, diagnostics=self.diagnostics if remarks else Diagnostics())
         row = PassRow(str(step), where, str(step.contract), context.edits, bytes_before=before.weights.nbytes)
@@ -147,11 +147,13 @@ class Driver:
         if step.scope == "program":
             context.statistics = calibration.gather_all(step.watches(program, context))
             step.run(program, context)
+            context.statistics = None
             return
         for block in calibration.blocks:
             context.block = block
             context.statistics = calibration.gather(block, step.watches(program, context))
             step.run(program, context)
+            context.statistics = None  # else two blocks' would be held while the next one's are gathered
             calibration.advance(block)
         context.block = None
 

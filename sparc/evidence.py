@@ -60,13 +60,16 @@ def site_rows(
 
 def _by_origin(program: Program, baseline: Program) -> dict[str, tuple[Site, float]]:
     """The compiled site that each weight of the baseline went into, and the weight's share of its bytes: weights of
-    products that were stacked are one site.
+    products that were stacked are one site. A weight that is still there is its own site, whatever was made from it.
     """
     found: dict[str, tuple[Site, float]] = {}
-    for site in find_sites(program)[0]:
+    sites = find_sites(program)[0]
+    left = {site.weight for site in sites}
+    for site in sites:
         parts: Any = site.source.args[0] if site.encoded else [site.source]
         origins = program.weights.record(str(parts[0].target)).origins if is_weight(parts[0]) else ()
-        known = [name for name in dict.fromkeys((site.weight, *origins)) if name in baseline.weights]
+        known = [site.weight, *(name for name in dict.fromkeys(origins) if name not in left)]
+        known = [name for name in known if name in baseline.weights]
         total = sum(baseline.weights[name].nbytes for name in known)
         for name in known:
             found.setdefault(name, (site, baseline.weights[name].nbytes / total))

@@ -14,6 +14,7 @@ from sparc.contract import Contract
 from sparc.diag import Diagnostics, Location
 from sparc.encoding.base import Encoding, options_text
 from sparc.ledger import SkipRow
+from sparc.options import check_options
 from sparc.program import Program, location
 
 
@@ -51,6 +52,14 @@ class Pass(ABC):
     stage: ClassVar[Stage]
     needs: ClassVar[frozenset[str]] = frozenset()
     scope: ClassVar[str] = "match"
+
+    def __post_init__(self) -> None:
+        """Check the types of the options; a subclass that checks more calls this first.
+
+        Raises:
+            PassError: SPARC209 for an option of the wrong type.
+        """
+        check_options(self, repr(self.name))
 
     @property
     @abstractmethod
@@ -110,7 +119,8 @@ class PassContext:
         statistics: `statistics(node, kind)` gives what was measured on a node's value; None when there is no data.
         limit: stop after so many edits (the driver bisects with it).
         block: only nodes of this block may be edited; None for all.
-        reference: the program before the first approximating pass; None while there was none.
+        reference: the program before the first pass that masks, rounds or approximates otherwise behind `LOW_RANK`, so
+            that its weights stand for the same function as those of now; None while there was none.
         example: for each entry, flat inputs that a pass may run the program on.
         calibration: for each entry, all batches of calibration data, for what statistics of values do not tell.
 

@@ -20,6 +20,14 @@ from sparc import files
 from sparc.capture import capture
 from sparc.cli import run
 from sparc.diag import Diagnostic, Diagnostics
+from sparc.encoding.int_grid import IntGrid
+from sparc.encoding.nm import NM
+from sparc.encoding.unstructured import Unstructured
+from sparc.passes.equalize.awq import Awq
+from sparc.passes.low_rank import LowRank
+from sparc.passes.prune import PermuteChannels, Prune
+from sparc.passes.rotate import Rotate
+from sparc.passes.round import Compensate, Round
 from sparc.samples import make_samples, vary
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -127,6 +135,32 @@ def test_a_disk_that_refuses_is_named(
         assert "mine" in found.what
         assert hint in str(found)
         assert not list(tmp_path.iterdir())
+
+
+# options of passes ----------------------------------------------------------------------------------------------------
+MISTYPED: dict[str, Callable[[], Any]] = {
+    "damping": lambda: Prune(NM(2, 4), damping="x"),  # type: ignore[arg-type]
+    "density": lambda: Prune(Unstructured(), density="half"),  # type: ignore[arg-type]
+    "refine": lambda: Prune(NM(2, 4), refine="yes"),  # type: ignore[arg-type]
+    "encoding": lambda: Round("int4"),  # type: ignore[arg-type]
+    "method": lambda: Round(method="qptq"),  # type: ignore[arg-type]
+    "budget": lambda: Round(finer=IntGrid(8), budget="x"),  # type: ignore[arg-type]
+    "activation_order": lambda: Compensate(activation_order=1),  # type: ignore[arg-type]
+    "points": lambda: Awq(points=2.5),  # type: ignore[arg-type]
+    "insert": lambda: Awq(insert="x"),  # type: ignore[arg-type]
+    "rank": lambda: LowRank(rank="x"),  # type: ignore[arg-type]
+    "iterations": lambda: LowRank(rank=2, iterations="x"),  # type: ignore[arg-type]
+    "rounds": lambda: PermuteChannels(rounds="x"),  # type: ignore[arg-type]
+    "seed": lambda: Rotate(seed="x"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", MISTYPED)
+def test_options_of_the_wrong_type_are_refused_where_a_pass_is_made(name: str) -> None:
+    found = refused(MISTYPED[name])
+    assert found.code.id == "SPARC209"
+    assert f"option {name!r}" in found.what
+    assert found.why
 
 
 # the command line -----------------------------------------------------------------------------------------------------

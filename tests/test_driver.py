@@ -136,3 +136,32 @@ def test_a_program_that_cannot_be_run_names_the_pass():
         drive.run(halve)
     assert caught.value.code == "SPARC301"
     assert drive.program.weights["layer.weight"].shape == (4, 4)
+
+
+@dataclass(frozen=True)
+class Watching(Pass):
+    """Looks at every block, and notes what it holds when the next one is asked for."""
+
+    name: ClassVar[str] = "watching"
+    stage: ClassVar[Stage] = Stage.ROUND
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    held: ClassVar[list[bool]] = []
+
+    @property
+    def contract(self):
+        return Exact()
+
+    def watches(self, program, context):
+        self.held.append(context.statistics is not None)
+        return super().watches(program, context)
+
+    def run(self, program, context):
+        assert context.statistics is not None
+
+
+def test_statistics_of_a_block_are_gone_before_those_of_the_next() -> None:
+    layers = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)])
+    samples = {"forward": [[torch.randn(2, 4)]]}
+    Driver(capture(layers, (torch.randn(2, 4),)), Samples(held_out=samples, calibration=samples)).run(Watching())
+    assert len(Watching.held) > 1
+    assert not any(Watching.held)

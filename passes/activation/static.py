@@ -47,6 +47,7 @@ class CalibrateActivations(Pass):
     floor: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 50 <= self.percentile <= 100:
             raise PassError(codes.BAD_OPTION, f"percentile={self.percentile!r}", hint="a number from 50 to 100")
 

@@ -76,6 +76,7 @@ class MergeNeurons(Pass):
     multiple: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.multiple < 1:
             raise PassError(codes.BAD_OPTION, f"multiple={self.multiple!r}", hint="a number from 1")
 

@@ -45,6 +45,7 @@ class DropBlocks(Pass):
     distance: str = "cosine"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.count is not None and self.count < 1:
             raise PassError(codes.BAD_OPTION, f"drop_blocks cannot remove {self.count} blocks", hint="count=1 or more")
         if self.distance not in DISTANCES:

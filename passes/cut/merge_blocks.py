@@ -52,6 +52,7 @@ class MergeBlocks(Pass):
     mode: str = "differences"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         bad = {
             "size": self.size < 2,
             "interval": self.interval < 1,

@@ -56,6 +56,7 @@ class Awq(Pass):
     insert: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fit("awq", self.fit, self.encoding)
         if self.points < 2:
             raise PassError(codes.BAD_OPTION, f"awq cannot try {self.points!r} exponents", hint="points=20")

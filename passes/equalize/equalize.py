@@ -45,6 +45,7 @@ class Equalize(Pass):
     ranges: Literal["data", "weights"] = "data"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.strength <= 1:
             raise PassError(codes.BAD_OPTION, f"strength={self.strength!r}", hint="a number from 0 to 1")
 

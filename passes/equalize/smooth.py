@@ -48,6 +48,7 @@ class Smooth(Pass):
     gain: float = 8e-4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.strength <= 1:
             raise PassError(codes.BAD_OPTION, f"strength={self.strength!r}", hint="a number from 0 to 1")
 

@@ -83,6 +83,7 @@ class LowRank(Pass):
     floor: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fit("low_rank", self.fit, self.beside)
         energy, rank = (1 if each is None else each for each in (self.energy, self.rank))
         if not 0 < self.share < 1 or rank < 1 or not 0 < energy <= 1:

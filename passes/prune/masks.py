@@ -91,7 +91,9 @@ class Pruning:
             _, width = self.pattern.edges(self.matrix.shape)
             costs = block_coordinates(runs, gram, prepared, width, criterion).reshape(self.matrix.shape)
             return self.compensated(self.pattern.select(costs, self.density), prepared)
-        selection: Selection = KeepNM(self.pattern) if isinstance(self.pattern, NM) else KeepPart(self.density)
+        selection: Selection = (
+            KeepNM(self.pattern) if isinstance(self.pattern, NM) else KeepPart(self.density, runs.shape[-1])
+        )
         if criterion == "isc":
             selection = WithDiagonal(selection, prepared.diagonal)
         swept = sweep(runs, prepared, select=selection)

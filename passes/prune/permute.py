@@ -51,6 +51,7 @@ class PermuteChannels(Pass):
     rounds: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.pattern, NM):
             raise PassError(codes.BAD_OPTION, f"channels cannot be permuted for {self.pattern!r}", hint="NM(2, 4)")
         if self.method not in ("magnitude", "wanda"):

@@ -80,6 +80,7 @@ class Prune(Pass):
     floor: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_pattern()
         if self.method not in ("magnitude", "wanda", "wanda_variant", "sparsegpt"):
             raise _refused(f"prune has no method {self.method!r}", "magnitude, wanda, wanda_variant or sparsegpt")

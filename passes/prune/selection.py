@@ -14,11 +14,16 @@ from sparc.passes.second_order.sweep import BLOCK, Selection
 class KeepPart:
     """Keeps a part of each block of columns, over all rows: what costs most to prune, `w² / U[j, j]²`.
 
-    (SparseGPT, Frantar and Alistarh 2023, section 3.3.) The counts of all blocks add up to that of the whole. The
-    sweep has to go through the columns in order.
+    (SparseGPT, Frantar and Alistarh 2023, section 3.3.) The counts of all blocks, and of all groups, add up to that of
+    the whole. The sweep has to go through the columns in order.
+
+    Args:
+        density: the part.
+        reduce: how many columns there are.
     """
 
     density: float
+    reduce: int
 
     @property
     def span(self) -> int:
@@ -27,9 +32,13 @@ class KeepPart:
 
     def __call__(self, values: Tensor, roots: Tensor, columns: Tensor) -> Tensor:
         """As `Selection` says."""
-        start, rows = int(columns[0]), values.shape[-1]
-        before, after = (kept_count(self.density, rows * end) for end in (start, start + len(columns)))
-        return keep_greatest((values / roots).abs().flatten(1), after - before).reshape(values.shape)
+        first, rows = int(columns[0]), values.shape[-1]
+        kept = []
+        for group, scores in enumerate((values / roots).abs().flatten(1)):
+            places = (group * self.reduce + column for column in (first, first + len(columns)))
+            before, after = (kept_count(self.density, rows * place) for place in places)
+            kept.append(keep_greatest(scores, after - before))
+        return torch.stack(kept).reshape(values.shape)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Rotate(Pass):
     untie: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in ("hadamard", "orthogonal"):
             raise PassError(codes.BAD_OPTION, f"kind={self.kind!r}", hint="'hadamard' or 'orthogonal'")
 

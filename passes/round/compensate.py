@@ -22,7 +22,7 @@ from sparc.program import Program
 
 @dataclass(frozen=True)
 class Compensate(Pass):
-    """w' => gptq(w), where w' lies on a grid, perhaps with a mask, and w is what it was before anything approximated.
+    """w' => gptq(w), where w' lies on a grid, perhaps with a mask, and w is what it was before the first of both.
 
     What decides about grids and masks may so be anything (a shared budget of bytes, a search, any pruning), and the
     sweep (GPTQ, Frantar et al. 2022; with a mask, SparseGPT, Frantar and Alistarh 2023) only chooses the values. A row
@@ -46,6 +46,7 @@ class Compensate(Pass):
     floor: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.damping < float("inf"):
             raise PassError(codes.BAD_OPTION, f"compensate has no damping {self.damping!r}", hint="0.01")
 
@@ -67,6 +68,8 @@ class Compensate(Pass):
             dense, gram = _dense(program, site, context), site_gram(program, site, context)
             if dense is None:
                 context.skip(site.weight, "its weight from before is not known", site.location)
+            elif torch.equal(dense, program.weights[site.weight]):
+                context.skip(site.weight, "no mask and no rounding has changed it", site.location)
             elif gram is None:
                 context.skip(site.weight, "no calibration data says what it is multiplied with", site.location)
             elif why := why_not_by_column(grid.spec):
@@ -88,7 +91,7 @@ class Compensate(Pass):
 
 
 def _dense(program: Program, site: Site, context: PassContext) -> Tensor | None:
-    """The weight before the first approximating pass, if it is still the same matrix."""
+    """The weight before the first pass that masks or rounds, if it is still the same matrix."""
     reference = context.reference
     if reference is None or site.weight not in reference.weights:
         return None

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from sparc.analysis.sites import Site, Use
-from sparc.grouped import runs
 from sparc.pass_base import PassContext
+from sparc.passes.second_order.gram import rows_of_runs
 from sparc.program import Program
 
 DAMPING = 0.01
@@ -86,8 +86,5 @@ def _of_use(use: Use, weight: Tensor, context: PassContext, power: int) -> Tenso
 
 def _of_runs(use: Use, mean: Tensor, context: PassContext, power: int) -> Tensor:
     """The mean of each run's own rows to a power, `[runs, reduce]`; `mean`, that of all rows, where it has none."""
-    assert context.statistics is not None
-    x, ends = (context.statistics(use.node.args[place], "batches") for place in (0, 2))  # type: ignore[arg-type]
-    pairs = [[value[rows].float() ** power for rows in runs(end)] for value, end in zip(x, ends, strict=True)]
-    whole = [torch.cat(parts) for parts in zip(*pairs, strict=True)]
-    return torch.stack([rows.mean(0) if len(rows) else mean for rows in whole])
+    each = rows_of_runs(use, context)
+    return torch.stack([(rows**power).mean(0) if len(rows) else mean for rows in each])

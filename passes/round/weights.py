@@ -64,6 +64,7 @@ class Round(Pass):
     budget: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fit("round", self.fit, self.encoding, self.finer)
         if self.fit == "hqq" and self.importance == "data":
             raise PassError(codes.BAD_OPTION, "round weighs no errors for hqq", hint='fit="search", or no importance')

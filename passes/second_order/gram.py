@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from sparc.analysis.sites import Site, Use
 from sparc.grouped import runs
 from sparc.observers import Geometry
+from sparc.observers.base import finite
 from sparc.pass_base import PassContext
 from sparc.pattern import normalized_arguments
 from sparc.program import Program
@@ -33,10 +34,11 @@ def site_gram(program: Program, site: Site, context: PassContext) -> Tensor | No
     Returns:
         `[groups, reduce, reduce]` float64: the matrix `[batch..., out, reduce]` reshaped to `[groups, rows, reduce]`
         meets one each. A convolution has its own groups, stacked experts one for each; all others have one. None when
-        no use of the site has data: an embedding's rows are looked up, a transposed convolution adds up overlaps.
+        no use of the site has data: an embedding's rows are looked up, a transposed convolution adds up overlaps, and
+        squares of inputs may be too great for float32.
     """
     grams = [_of_use(use, context) for use in site.uses]
-    known = [gram for gram in grams if gram is not None]
+    known = [gram for gram in grams if gram is not None and bool(gram.isfinite().all())]
     return torch.stack(known).mean(0) if known else None
 
 
@@ -100,8 +102,16 @@ def _of_use(use: Use, context: PassContext) -> Tensor | None:
 
 def _of_runs(use: Use, whole: Tensor, context: PassContext) -> Tensor:
     """The Gram matrix of each run's own rows in the batches that were kept; that of all rows for a run without any."""
+    each = rows_of_runs(use, context)
+    return torch.stack([(rows.T @ rows).double() / len(rows) if len(rows) else whole for rows in each])
+
+
+def rows_of_runs(use: Use, context: PassContext) -> list[Tensor]:
+    """The rows that each run of a grouped product met in the batches that were kept, `[rows, reduce]` float32.
+
+    As for all statistics, infinities and NaN count as zeros.
+    """
     assert context.statistics is not None
     x, ends = (context.statistics(use.node.args[place], "batches") for place in (0, 2))  # type: ignore[arg-type]
-    pairs = [[value[rows].float() for rows in runs(end)] for value, end in zip(x, ends, strict=True)]
-    runs_rows = [torch.cat(parts) for parts in zip(*pairs, strict=True)]
-    return torch.stack([(rows.T @ rows).double() / len(rows) if len(rows) else whole for rows in runs_rows])
+    pairs = [[finite(value[rows].float()) for rows in runs(end)] for value, end in zip(x, ends, strict=True)]
+    return [torch.cat(parts) for parts in zip(*pairs, strict=True)]

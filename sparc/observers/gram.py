@@ -77,12 +77,13 @@ class PatchGram(Gram):
             image, kernel, stride = image.unsqueeze(2), (1, *kernel), (1, *stride)
             padding, dilation = ((0, 0), *padding), (1, *dilation)
         sides = [side for before, after in reversed(padding) for side in (before, after)]
-        columns = torch.nn.functional.unfold(
-            torch.nn.functional.pad(image, sides), kernel, dilation=dilation, stride=stride
-        )
-        step = max(1, -(-columns.shape[0] * columns.shape[2] // _PATCHES))
-        patches = columns.movedim(1, 0).flatten(1)[:, ::step]
-        return patches.unflatten(0, (groups, -1)).transpose(-1, -2)
+        found, seen, step = [], 0, 1
+        for each in torch.nn.functional.pad(image, sides):  # one by one: all patches are kernel times the whole batch
+            columns = torch.nn.functional.unfold(each, kernel, dilation=dilation, stride=stride)
+            step = max(1, -(-len(image) * columns.shape[1] // _PATCHES))
+            found.append(columns[:, -seen % step :: step])
+            seen += columns.shape[1]
+        return torch.cat(found, 1).unflatten(0, (groups, -1)).transpose(-1, -2)
 
 
 def _outer(rows: Tensor) -> Tensor:

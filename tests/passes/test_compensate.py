@@ -1,17 +1,22 @@
 """Compensation: values are chosen once more on grids, and under masks, that are there already."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sparc.capture import capture
+from sparc.contract import Approximate
 from sparc.diag import PassError
 from sparc.driver import Driver
 from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
-from sparc.pass_base import Pass, Samples
+from sparc.pass_base import Pass, PassContext, Samples, Stage
 from sparc.passes.encode import Encode
-from sparc.passes.prune import Prune
+from sparc.passes.low_rank import LowRank
+from sparc.passes.prune import PermuteChannels, Prune
 from sparc.passes.round import Compensate, Round
 from sparc.program import Program
 
@@ -99,3 +104,48 @@ def test_without_grids_there_is_nothing_to_do() -> None:
 def test_negative_damping_is_refused() -> None:
     with pytest.raises(PassError, match="SPARC209"):
         Compensate(damping=-1)
+
+
+@dataclass(frozen=True)
+class Shorten(Pass):
+    """Stands for every pass that approximates before others rewrite the weights."""
+
+    name: ClassVar[str] = "shorten"
+    stage: ClassVar[Stage] = Stage.CUT
+
+    @property
+    def contract(self) -> Approximate:
+        """A weight changes a little."""
+        return Approximate()
+
+    def run(self, program: Program, context: PassContext) -> None:
+        """Make a weight a thousandth smaller."""
+        program.set_weight("2.weight", program.weights["2.weight"] * 0.999)
+
+
+def test_it_aims_at_what_equal_rewrites_made_of_a_cut_model() -> None:
+    given = batches()
+    found = []
+    for last in ([], [Compensate()]):
+        chosen = driver()
+        expected = chosen.program.run_flat(given[0])[0]
+        for step in (Shorten(), PermuteChannels(NM(2, 4)), Prune(NM(2, 4)), Round(GRID), *last):
+            chosen.run(step)
+        found.append(float((chosen.program.run_flat(given[0])[0] - expected).square().mean()))
+    assert found[1] < found[0]
+
+
+def test_the_factors_of_a_weight_are_compensated_too() -> None:
+    chosen = driver()
+    for step in (LowRank(rank=8), Round(GRID)):
+        chosen.run(step)
+    row = chosen.run(Compensate())
+    assert (row.changed, row.skips) == (4, [])
+
+
+def test_what_only_factors_have_changed_is_left_alone() -> None:
+    chosen = driver()
+    chosen.run(LowRank(rank=2, beside=IntGrid(8)))
+    row = chosen.run(Compensate())
+    assert row.changed == 0
+    assert {skip.why for skip in row.skips} == {"no mask and no rounding has changed it"}

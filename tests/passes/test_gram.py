@@ -8,10 +8,12 @@ from torch.nn import functional
 from sparc.analysis.sites import find_sites
 from sparc.calibration import Calibration
 from sparc.capture import capture
-from sparc.observers import Gram
+from sparc.observers import Gram, gram
 from sparc.pass_base import PassContext
 from sparc.passes.second_order import gram_watches, reconstruction_error, site_gram
 from sparc.program import Program
+from tests.mixtures import Mixture
+from tests.mixtures import inputs as routed
 
 
 def grams(program: Program, batches: list[list[Tensor]]) -> dict[str, Tensor | None]:
@@ -92,3 +94,33 @@ def test_what_meets_no_rows_has_none() -> None:
     found = grams(capture(model, (batches[0][0],)), batches)
     assert found["0.weight"] is None
     assert found["2.weight"] is not None
+
+
+def test_inputs_whose_squares_are_no_numbers_have_none() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 4))
+    batches = [[1e25 * torch.randn(3, 4)] for _ in range(2)]
+    assert grams(capture(model, (batches[0][0],)), batches) == {"0.weight": None}
+
+
+def test_runs_count_infinities_and_nan_as_zeros() -> None:
+    x, experts = routed("33 tokens")
+    x[0], x[1] = torch.nan, torch.inf
+    found = grams(capture(Mixture(), (x, experts)), [[x, experts]])["up"]
+    assert found is not None
+    seen = torch.where(x.isfinite(), x, 0.0).double()
+    for expert, mean in enumerate(found):
+        rows = seen[experts == expert]
+        torch.testing.assert_close(mean, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [1000, 100, 37])
+def test_patches_are_spaced_evenly_over_the_whole_batch(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "_PATCHES", most)
+    torch.manual_seed(4)
+    image = torch.randn(5, 4, 9, 8)
+    geometry = gram.Geometry((3, 2), (2, 1), ((1, 1), (0, 0)), (1, 1), 2)
+    every = functional.unfold(image, (3, 2), padding=(1, 0), stride=(2, 1)).movedim(1, 0).flatten(1).T
+    step = -(-len(every) // most)
+    expected = every[::step].unflatten(-1, (2, -1)).transpose(0, 1)
+    assert torch.equal(gram.PatchGram(geometry).rows_of(image), expected)

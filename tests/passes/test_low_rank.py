@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparc
 from sparc.diag import PassError
 from sparc.driver import Driver
 from sparc.encoding.base import Encoding
@@ -326,3 +327,15 @@ def test_a_mask_beside_is_kept_by_rounding() -> None:
     assert bool((chosen.program.weights["weight"][zeros] == 0).all())
     chosen.run(Encode())
     assert sum(is_decode(node) for node in chosen.program.graph.nodes) == 3
+
+
+def test_a_report_tells_the_weight_from_its_factors() -> None:
+    steps = [LowRank(rank=2, beside=IntGrid(8)), Encode()]
+    artifact = sparc.compile(
+        linear(thin(24, 32)), (torch.randn(5, 32),), recipe=steps, target="reference", measure=False
+    )
+    found = {row.weight: (row.encoding, row.file_bytes) for row in artifact.ledger.sites}
+    eight = IntGrid(8)
+    assert found["weight"] == (str(eight), int(eight.bytes((24, 32))))
+    assert found["weight_a"] == ("dense", 4 * 2 * 32)
+    assert found["weight_b"] == ("dense", 4 * 24 * 2)

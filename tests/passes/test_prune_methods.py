@@ -160,7 +160,7 @@ def test_blocks_in_a_sweep_are_chosen_by_their_joint_cost() -> None:
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured()], ids=str)
 def test_the_errors_of_all_steps_are_the_error_of_the_matrix(pattern: Pattern) -> None:
     weight, x = weights(6, 200).unsqueeze(0), correlated(200)
-    selection = KeepNM(pattern) if isinstance(pattern, NM) else KeepPart(0.5)
+    selection = KeepNM(pattern) if isinstance(pattern, NM) else KeepPart(0.5, 200)
     swept = sweep(weight, factor(gram_of(x)), select=selection)
     change = (swept.weight - weight)[0].double()
     assert swept.cost == pytest.approx(float((change @ damped(x) * change).sum()), rel=1e-4)
@@ -184,7 +184,7 @@ def test_isc_is_between_once_and_twice_the_cost_without_compensation() -> None:
             seen.append(roots[0, :, 0].double() ** -2 / damped(x).diagonal()[columns])
             return super().__call__(values, roots, columns)
 
-    sweep(weights(3, 40).unsqueeze(0), prepared, select=WithDiagonal(Spy(0.5), prepared.diagonal))
+    sweep(weights(3, 40).unsqueeze(0), prepared, select=WithDiagonal(Spy(0.5, 40), prepared.diagonal))
     (ratio,) = seen
     assert bool((ratio >= 1 - 1e-5).all())
     assert bool((ratio <= 2 + 1e-5).all())

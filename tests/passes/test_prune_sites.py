@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparc.analysis.sites import find_sites
 from sparc.calibration import Calibration
@@ -121,3 +121,13 @@ def test_rounding_by_a_sweep_keeps_the_mask(pattern: Pattern, density: float | N
     (decoded,) = chosen.program.run_flat([torch.eye(256, 32)])
     assert torch.equal(decoded[:32].T, rounded)
     assert chosen.ledger.passes[-1].changed
+
+
+def test_a_sweep_keeps_exactly_the_part_of_all_groups() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(9, 9, 3, groups=3), torch.randn(4, 9, 6, 6)  # groups of 81 elements
+    chosen = driver(model, (x,))
+    chosen.run(Prune(Unstructured(), density=0.5, method="sparsegpt"))
+    grid = chosen.program.grid("weight")
+    assert grid is not None
+    assert int(grid.tensors["mask"].sum()) == 122  # 121.5, halves up

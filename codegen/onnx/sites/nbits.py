@@ -147,8 +147,6 @@ def blockwise_zero(w: IntMatrix, block: int) -> ir.Value | None:
 def _minimum_part(e: Emitter, w: IntMatrix, x: Any, reduce: int) -> ir.Value:
     """`sum over each group of x, times the group's minimum`: what a floating minimum adds to every code."""
     groups = w.part("minimum").shape[-1]
-    fake = site_fake(x)
-    lead = list(fake.shape[:-1])
     value = e.value(x)
     if w.per_channel:
         sums = e.op("ReduceSum", value, [-1], keepdims=1)
@@ -156,7 +154,8 @@ def _minimum_part(e: Emitter, w: IntMatrix, x: Any, reduce: int) -> ir.Value:
         short = groups * w.grid.group - reduce  # type: ignore[operator]
         if short:
             value = e.op("Pad", value, [0, short], None, [-1])
-        split = e.reshape(value, [*lead, reduce + short], [*lead, groups, w.grid.group])
+        leading = [0] * (site_fake(x).ndim - 1)  # axes that stay: a run of stacked rows has fewer than its type says
+        split = e.op("Reshape", value, e.ints([*leading, groups, w.grid.group]))
         sums = e.op("ReduceSum", split, [-1], keepdims=0)
     minimum = w.as_float(w.read("minimum"))
     if w.grid.group == "tensor":
