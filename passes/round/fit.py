@@ -15,15 +15,13 @@ Fit = Literal["range", "search", "hqq"]
 
 
 def check_fit(name: str, fit: Fit, *encodings: Encoding | None) -> None:
-    """Raise PassError SPARC209 for a way to fit grids that does not exist, or that an encoding does not take.
+    """Raise PassError SPARC209 for a way to fit grids that an encoding does not take.
 
     Args:
         name: of the pass.
         fit: its option.
         encodings: what it rounds to.
     """
-    if fit not in ("range", "search", "hqq"):
-        raise PassError(codes.BAD_OPTION, f"{name} cannot fit by {fit!r}", hint='"range", "search" or "hqq"')
     for encoding in encodings if fit == "hqq" else ():
         if encoding is not None and (why := why_no_minimum(encoding)):
             raise PassError(

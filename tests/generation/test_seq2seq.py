@@ -332,9 +332,9 @@ def test_errors_and_parity_are_of_each_entry() -> None:
 def test_every_entry_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[Tensor]] = {}
 
-    def note(ours: Any, theirs: Any, model: Any, named: Any, tensors: list[Tensor], *, label: str) -> list[Any]:
-        seen[label] = tensors
-        assert [each.shape for each in ours(tensors)] == [each.shape for each in theirs(tensors)]
+    def note(ours: Any, theirs: Any, model: Any, named: Any, tensors: list[Tensor], **given: Any) -> list[Any]:
+        seen[given["label"]] = tensors
+        assert [each.shape for each in ours(tensors)] == [each.shape for each in theirs(given["dense_tensors"])]
         model(**named)
         return []
 

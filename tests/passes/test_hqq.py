@@ -134,5 +134,5 @@ def test_only_grids_with_a_minimum_have_one_to_look_for(encoding: Encoding) -> N
 def test_bad_options() -> None:
     with pytest.raises(PassError, match="weighs no errors"):
         Round(SPEC, fit="hqq", importance="data")
-    with pytest.raises(PassError, match="cannot fit by 'mean'"):
+    with pytest.raises(PassError, match="option 'fit' of 'round' is 'mean'"):
         Round(SPEC, fit="mean")  # type: ignore[arg-type]
