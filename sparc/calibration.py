@@ -136,10 +136,10 @@ class Calibration:
 
 
 def _outlives(node: fx.Node, block: int) -> bool:
-    """Whether a value of this block, or of an earlier one, is read by a later block or by the output."""
+    """Whether a value of this block, or of an earlier one, is read by a later block; outputs are not kept."""
     if node.op != "call_function" or node.meta["block"] > block:
         return False
-    return any(user.op == "output" or user.meta["block"] > block for user in node.users)
+    return any(user.op != "output" and user.meta["block"] > block for user in node.users)
 
 
 def _run(

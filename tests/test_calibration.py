@@ -287,3 +287,12 @@ def test_rows_stay_few() -> None:
     assert rows.shape[0] <= 512
     assert rows[0, 0] == 0
     assert rows[-1, 0] > 90
+
+
+def test_outputs_are_not_kept() -> None:
+    program, batches = stack()
+    calibration = Calibration(program, {"forward": batches})
+    for block in calibration.blocks:
+        calibration.advance(block)
+    inputs = {node.name for node in program.main.placeholders}
+    assert [set(kept) - inputs for kept in calibration._live["forward"]] == [set()] * len(batches)
