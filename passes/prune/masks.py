@@ -9,10 +9,9 @@ from sparc.encoding.blocks import Blocks
 from sparc.encoding.mask import keep_greatest, kept_count
 from sparc.encoding.nm import NM
 from sparc.encoding.unstructured import Unstructured
-from sparc.passes.prune.selection import KeepPart, WithDiagonal, block_coordinates
-from sparc.passes.round.gptq import KeepNM
 from sparc.passes.second_order.factor import Factor
 from sparc.passes.second_order.gram import reconstruction_error
+from sparc.passes.second_order.selection import KeepNM, KeepPart, WithDiagonal, block_coordinates
 from sparc.passes.second_order.sweep import Selection, sweep
 
 Pattern = NM | Blocks | Unstructured

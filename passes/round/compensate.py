@@ -15,7 +15,7 @@ from sparc.encoding.grid import Grid
 from sparc.pass_base import Pass, PassContext, Stage
 from sparc.passes.round.gptq import column_of, why_not_by_column
 from sparc.passes.second_order.factor import DAMPING, factor
-from sparc.passes.second_order.gram import gram_watches, reconstruction_error, site_gram
+from sparc.passes.second_order.gram import better_rows, gram_watches, site_gram
 from sparc.passes.second_order.sweep import sweep
 from sparc.program import Program
 
@@ -84,8 +84,7 @@ class Compensate(Pass):
         wanted, present = matrix.reshape(shape), site.view.to_matrix(old).reshape(shape)
         prepared = factor(gram, self.damping, descending=self.activation_order)
         swept = sweep(wanted, prepared, column_of(grid, matrix.shape, masked=True)).weight
-        worse = reconstruction_error(swept - wanted, gram) > reconstruction_error(present - wanted, gram)
-        chosen = torch.where(worse.unsqueeze(-1), present, swept).reshape(matrix.shape)
+        chosen = torch.where(better_rows(swept, present, wanted, gram), swept, present).reshape(matrix.shape)
         rounded = grid.spec.round(chosen, grid)
         program.set_weight(site.weight, site.view.from_matrix(rounded, old.shape), grid)
 

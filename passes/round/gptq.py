@@ -5,7 +5,7 @@ treated in any order and the stored layout stays the usual one. A row whose prod
 rounding to nearest gives keeps the nearest values.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,25 +19,10 @@ from sparc.encoding.nm import NM
 from sparc.passes.round.fit import Fit, fit_grid
 from sparc.passes.round.importance import damped
 from sparc.passes.second_order.factor import Factor
-from sparc.passes.second_order.gram import reconstruction_error
+from sparc.passes.second_order.gram import better_rows
+from sparc.passes.second_order.selection import KeepNM
 from sparc.passes.second_order.sweep import Column, sweep
 from sparc.program import Program
-
-
-@dataclass(frozen=True)
-class KeepNM:
-    """Keeps the n of every m columns whose pruning would cost most: `w² / U[j, j]²`; of equals, the first."""
-
-    pattern: NM
-
-    @property
-    def span(self) -> int:
-        """m."""
-        return self.pattern.m
-
-    def __call__(self, values: Tensor, roots: Tensor, columns: Tensor) -> Tensor:
-        """As `Selection` says."""
-        return self.pattern.select((values / roots).transpose(-1, -2)).transpose(-1, -2)
 
 
 def why_not_by_column(encoding: Encoding) -> str:
@@ -82,10 +67,10 @@ def round_by_sweep(
     nearest = grid.spec.round(matrix, grid).reshape(runs.shape)
     column = column_of(grid, matrix.shape, masked=pattern is None)
     swept = sweep(runs, factor, column, KeepNM(pattern) if pattern is not None else None)
-    worse = reconstruction_error(swept.weight - runs, gram) > reconstruction_error(nearest - runs, gram)
-    result = torch.where(worse.unsqueeze(-1), nearest, swept.weight).reshape(matrix.shape)
+    better = better_rows(swept.weight, nearest, runs, gram)
+    result = torch.where(better, swept.weight, nearest).reshape(matrix.shape)
     if swept.kept is not None:
-        kept = torch.where(worse.unsqueeze(-1), grid.tensors["mask"].reshape(runs.shape), swept.kept)
+        kept = torch.where(better, swept.kept, grid.tensors["mask"].reshape(runs.shape))
         grid = replace(grid, tensors={**grid.tensors, "mask": kept.reshape(matrix.shape)})
     rounded = grid.spec.round(result, grid)
     return site.view.from_matrix(rounded, old.shape), replace(grid, view=str(site.view))

@@ -77,7 +77,7 @@ class Round(Pass):
                 codes.BAD_OPTION,
                 "round shares no budget out with gptq",
                 why="the sweep knows one block at a time, a budget needs all sites",
-                hint='write a step for each encoding, with where=..., or method="nearest"',
+                hint="add compensate() behind it: the same sweep on the grids that the budget chose",
             )
         if not 0 <= self.damping < math.inf:
             raise PassError(codes.BAD_OPTION, f"round has no damping {self.damping!r}", hint="0.01")

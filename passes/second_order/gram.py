@@ -56,6 +56,22 @@ def reconstruction_error(change: Tensor, gram: Tensor) -> Tensor:
     return ((wide @ gram.double()) * wide).sum(-1)
 
 
+def better_rows(first: Tensor, second: Tensor, wanted: Tensor, gram: Tensor) -> Tensor:
+    """Which rows of `first` give products at least as near to those of `wanted` as the rows of `second` do.
+
+    Args:
+        first: `[groups, rows, reduce]`.
+        second: the same shape.
+        wanted: the same shape.
+        gram: `[groups, reduce, reduce]`.
+
+    Returns:
+        Bool `[groups, rows, 1]`.
+    """
+    worse = reconstruction_error(first - wanted, gram) > reconstruction_error(second - wanted, gram)
+    return ~worse.unsqueeze(-1)
+
+
 def _kind(use: Use) -> str:
     if use.operator == "conv":
         geometry = convolution_geometry(use.node)

@@ -13,9 +13,8 @@ from sparc.encoding.nm import NM
 from sparc.encoding.unstructured import Unstructured
 from sparc.passes.prune import Prune
 from sparc.passes.prune.masks import Pattern, Pruning
-from sparc.passes.prune.selection import KeepPart, WithDiagonal, block_coordinates
-from sparc.passes.round.gptq import KeepNM
 from sparc.passes.second_order import factor, reconstruction_error, sweep
+from sparc.passes.second_order.selection import KeepNM, KeepPart, WithDiagonal, block_coordinates
 from tests.passes.pruning import PATTERNS, correlated, damped, driver_of, error, gram_of, pruned, weights
 
 METHODS = ["wanda", "sparsegpt"]

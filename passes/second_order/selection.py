@@ -6,8 +6,25 @@ import torch
 from torch import Tensor
 
 from sparc.encoding.mask import keep_greatest, kept_count
+from sparc.encoding.nm import NM
 from sparc.passes.second_order.factor import Factor
 from sparc.passes.second_order.sweep import BLOCK, Selection
+
+
+@dataclass(frozen=True)
+class KeepNM:
+    """Keeps the n of every m columns whose pruning would cost most: `w² / U[j, j]²`; of equals, the first."""
+
+    pattern: NM
+
+    @property
+    def span(self) -> int:
+        """m."""
+        return self.pattern.m
+
+    def __call__(self, values: Tensor, roots: Tensor, columns: Tensor) -> Tensor:
+        """As `Selection` says."""
+        return self.pattern.select((values / roots).transpose(-1, -2)).transpose(-1, -2)
 
 
 @dataclass(frozen=True)
