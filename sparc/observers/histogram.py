@@ -19,10 +19,10 @@ class Counts(NamedTuple):
     """A histogram.
 
     Args:
-        counts: `[4096]` float64, of equal bins.
-        low: lower edge of the first bin.
-        high: upper edge of the last bin.
-        least: the least value seen; at or above `low`.
+        counts: `[bins]` float64, of at most 4096 equal bins.
+        low: lower edge of the first bin, which holds the least value.
+        high: upper edge of the last bin, which holds the greatest.
+        least: the least value seen.
         greatest: the greatest value seen.
     """
 
@@ -73,8 +73,9 @@ class Histogram(Observer):
     def result(self) -> Counts:
         """The counts."""
         assert self.counts is not None
-        low, high = (math.ldexp(place, self.exponent) for place in (self.first, self.first + _BINS))
-        return Counts(self.counts, low, high, self.least, self.greatest)
+        behind = math.floor(math.ldexp(self.greatest, -self.exponent)) + 1
+        low, high = (math.ldexp(place, self.exponent) for place in (self.first, behind))
+        return Counts(self.counts[: behind - self.first], low, high, self.least, self.greatest)
 
     def state(self) -> list[Tensor]:
         """Counts, where they begin, extremes."""
