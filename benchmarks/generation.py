@@ -31,6 +31,10 @@ RECIPES = ("dense", "w8", "w4", "keep")
 
 def make_recipe(recipe: str, folder: Path) -> dict[str, Any]:
     """Compile SmolLM2 by a recipe into a folder that onnxruntime-genai reads, too; figures of compiling it."""
+    import onnxruntime
+    import onnxscript
+    import transformers
+
     from sparc.generation.genai import attach_genai
     from sparc.generation.text import attach_tokenizer
 
