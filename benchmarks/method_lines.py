@@ -83,9 +83,12 @@ def _convolutional() -> dict[str, Steps]:
             f"int{bits}, GPTQ, searched": (_swept(bits),),
         }
     found |= {
-        f"{pattern}, {label}": (Prune(encoding, density=density, method=method),)
-        for pattern, encoding, density in (("2:4", NM(2, 4), None), ("50%", HALF, 0.5))
-        for label, method in (("magnitude", "magnitude"), ("Wanda", "wanda"), ("SparseGPT", "sparsegpt"))
+        "2:4, magnitude": (Prune(NM(2, 4)),),
+        "2:4, Wanda": (Prune(NM(2, 4), method="wanda"),),
+        "2:4, SparseGPT": (Prune(NM(2, 4), method="sparsegpt"),),
+        "50%, magnitude": (Prune(HALF, density=0.5),),
+        "50%, Wanda": (Prune(HALF, density=0.5, method="wanda"),),
+        "50%, SparseGPT": (Prune(HALF, density=0.5, method="sparsegpt"),),
     }
     for keep in (0.95, 0.9, 0.75):
         refitted = PruneUnits(keep=keep, importance="activation", compensate=True)

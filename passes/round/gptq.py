@@ -100,7 +100,9 @@ def refined(grid: Grid, rounded: Tensor, wanted: Tensor, gram: Tensor, factor: F
         better = better_rows(values, rounded, wanted, gram)
         rounded = torch.where(better, values, rounded)
         old, new = grid.tensors["scale"], scaled.tensors["scale"]
-        grid = replace(grid, tensors={**grid.tensors, "scale": torch.where(better.reshape(*old.shape[:-1], 1), new, old)})
+        grid = replace(
+            grid, tensors={**grid.tensors, "scale": torch.where(better.reshape(*old.shape[:-1], 1), new, old)}
+        )
         if again:
             shape = torch.Size((*old.shape[:-1], wanted.shape[-1]))
             swept = sweep(wanted, factor, column_of(grid, shape, masked=True)).weight
