@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparc
-from benchmarks.results import FOLDER, ratio_text, save, show
+from benchmarks.results import FOLDER, place, ratio_text, save, show
 from benchmarks.timing import compare
 from examples.models import efficientnet, minilm, reparameterized, smollm2
 from sparc.api import registry
@@ -42,7 +42,6 @@ from sparc.samples import make_samples
 app = typer.Typer(add_completion=False)
 THREADS, PAIRS = 2, 40
 PAGE = Path(__file__).parent.parent / "docs" / "exact.md"
-START, END = "<!-- exact -->", "<!-- end -->"
 LAYERS = (4, 15, 30, 60, 120)
 UNMATCHED = (
     "fold_batch_norm",
@@ -219,14 +218,12 @@ def unmatched() -> None:
 @app.command()
 def page() -> None:
     """Write the tables into docs/exact.md."""
-    PAGE.write_text(place(PAGE.read_text()))
+    PAGE.write_text(filled(PAGE.read_text()))
 
 
-def place(text: str) -> str:
+def filled(text: str) -> str:
     """The page with the tables between its marks."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{tables()}\n{END}{after}"
+    return place(text, "exact", tables())
 
 
 def tables(results: Path = FOLDER) -> str:

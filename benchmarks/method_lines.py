@@ -6,6 +6,9 @@ from sparc.encoding.int_grid import IntGrid
 from sparc.encoding.nm import NM
 from sparc.encoding.unstructured import Unstructured
 from sparc.pass_base import Pass
+from sparc.passes.activation.correct import CorrectBias
+from sparc.passes.activation.static import CalibrateActivations
+from sparc.passes.cut.prune_units import PruneUnits
 from sparc.passes.equalize.awq import Awq
 from sparc.passes.prune import Prune
 from sparc.passes.rotate import Rotate
@@ -65,10 +68,43 @@ def _transformer() -> dict[str, Steps]:
     return found
 
 
+def _convolutional() -> dict[str, Steps]:
+    activations = (CalibrateActivations(), CorrectBias())
+    found: dict[str, Steps] = {
+        "float32": (),
+        "int8": (Round(IntGrid(8)),),
+        "int8, activations too": (Round(IntGrid(8)), *activations),
+    }
+    for bits in (4, 3):
+        found |= {
+            f"int{bits}, to nearest": (Round(_grid(bits)),),
+            f"int{bits}, to nearest, searched": (Round(_grid(bits), fit="search", importance="data"),),
+            f"int{bits}, GPTQ": (Round(_grid(bits), method="gptq"),),
+            f"int{bits}, GPTQ, searched": (_swept(bits),),
+        }
+    found |= {
+        "2:4, magnitude": (Prune(NM(2, 4)),),
+        "2:4, Wanda": (Prune(NM(2, 4), method="wanda"),),
+        "2:4, SparseGPT": (Prune(NM(2, 4), method="sparsegpt"),),
+        "50%, magnitude": (Prune(HALF, density=0.5),),
+        "50%, Wanda": (Prune(HALF, density=0.5, method="wanda"),),
+        "50%, SparseGPT": (Prune(HALF, density=0.5, method="sparsegpt"),),
+    }
+    for keep in (0.95, 0.9, 0.75):
+        refitted = PruneUnits(keep=keep, importance="activation", compensate=True)
+        found |= {
+            f"{keep:.0%} of the channels, magnitude": (PruneUnits(keep=keep),),
+            f"{keep:.0%} of the channels, activation": (PruneUnits(keep=keep, importance="activation"),),
+            f"{keep:.0%} of the channels, activation, refitted": (refitted,),
+            f"{keep:.0%} of the channels, activation, refitted, then int8": (refitted, Round(IntGrid(8)), *activations),
+        }
+    return found
+
+
 LINES: Mapping[str, Mapping[str, Steps]] = {
     "smollm2": _transformer(),
     "minilm": _transformer(),
-    "efficientnet": {},
+    "efficientnet": _convolutional(),
 }
 
 SCALE = _inner(Round(NM(2, 4, of=_grid(4)), method="gptq"))

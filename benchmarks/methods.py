@@ -23,7 +23,7 @@ import torch
 import typer
 
 from benchmarks.method_lines import LINES, SCALE
-from benchmarks.results import FOLDER, peak_bytes, save
+from benchmarks.results import FOLDER, peak_bytes, place, save
 from examples.models import efficientnet, evaluate, minilm, smollm2, smollm2_twin
 from sparc.api import registry, run_steps
 from sparc.capture import capture
@@ -37,7 +37,6 @@ from sparc.samples import bind
 
 app = typer.Typer(add_completion=False)
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
-START, END = "<!-- {} -->", "<!-- end {} -->"
 
 
 @dataclass(frozen=True)
@@ -148,14 +147,16 @@ def _keep(model: str, name: str, figures: Mapping[str, float]) -> None:
 @app.command()
 def page() -> None:
     """Write the tables of docs/methods.md."""
-    text = PAGE.read_text()
+    PAGE.write_text(filled(PAGE.read_text()))
+
+
+def filled(text: str) -> str:
+    """The page with a table for each model whose figures are stored."""
     for model in CASES:
         path = FOLDER / f"methods-{model}.json"
         if path.exists():
-            start, end = START.format(model), END.format(model)
-            before, rest = text.split(start)
-            text = f"{before}{start}\n{table(model, json.loads(path.read_text())['lines'])}\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(text)
+            text = place(text, model, table(model, json.loads(path.read_text())["lines"]))
+    return text
 
 
 def table(model: str, found: Mapping[str, Mapping[str, float]]) -> str:

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import FOLDER
+from benchmarks.results import FOLDER, place
 
-README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- benchmarks -->", "<!-- end -->"
+PAGE = Path(__file__).parent.parent / "README.md"
 HEADER = ("| model, recipe | size | fidelity | time |", "|---|---|---|---|")
 DYNAMIC, FUSED = "ORT dynamic int8, per channel, fused attention", "ORT float32, fused"
 
@@ -62,12 +61,10 @@ def _row(model: str, recipe: str, shape: str, size: Mapping[str, float], fidelit
     return f"| {model} `{recipe}`, {shape.replace('x', '×')} | {size['file']:.0%} | {fidelity} | {time} |"
 
 
-def place(text: str) -> str:
+def filled(text: str) -> str:
     """The README with the table between its marks."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    return place(text, "benchmarks", table())
 
 
 if __name__ == "__main__":
-    README.write_text(place(README.read_text()))
+    PAGE.write_text(filled(PAGE.read_text()))

@@ -56,6 +56,13 @@ def save(name: str, figures: Mapping[str, Any]) -> Path:
     return path
 
 
+def place(text: str, mark: str, content: str) -> str:
+    """A page with `content` between its lines `<!-- mark -->` and `<!-- end mark -->`."""
+    start, end = f"<!-- {mark} -->", f"<!-- end {mark} -->"
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
+
+
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows as a table; the columns are the keys of the first."""
     table = Table(title=title)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.structural latency [MODEL...]     # smollm2, minilm, efficientnet; all by default
     python -m benchmarks.structural quality [MODEL...]     # minilm, efficientnet
-    python -m benchmarks.structural page                   # prints the tables as Markdown
+    python -m benchmarks.structural page                   # writes the tables of docs/structural.md
 
 Times are ratios to the whole model from interleaved pairs in one process, ONNX Runtime's in a process of its own;
 nothing is trained after pruning. Figures go to `benchmarks/results/structural-MODEL.json`, line by line.
@@ -20,7 +20,7 @@ import typer
 from torch import Tensor
 
 import sparc
-from benchmarks.results import FOLDER, ratio_text, save
+from benchmarks.results import FOLDER, place, ratio_text, save
 from benchmarks.timing import compare
 from examples.models import efficientnet, evaluate, images, minilm, smollm2, texts
 from sparc.calibration import Calibration
@@ -37,6 +37,7 @@ from sparc.passes.round import Round
 from sparc.program import Program
 from sparc.samples import bind
 
+PAGE = Path(__file__).parent.parent / "docs" / "structural.md"
 THREADS = 2
 KEPT = (0.75, 0.5, 0.25)
 PAIRS = {"ONNX Runtime": 15, "eager torch": 8}
@@ -221,8 +222,13 @@ def _read(model: str) -> dict[str, Any]:
 
 @app.command()
 def page() -> None:
-    """Print the tables."""
-    typer.echo(tables())
+    """Write the tables of docs/structural.md."""
+    PAGE.write_text(filled(PAGE.read_text()))
+
+
+def filled(text: str) -> str:
+    """The page with the tables between its marks."""
+    return place(text, "structural", tables())
 
 
 if __name__ == "__main__":

@@ -165,19 +165,19 @@ def compile_program(
     driver = Driver(captured, samples, diagnostics, verify=job.verify)
     needed = [job.registry.pass_type(name)(**given) for name, given in job.target.legalizations]
     plain, baseline = run_steps(driver, job.recipe, needed)
+    program, ledger, fitted = driver.program, driver.ledger, driver.samples
+    del driver  # it remembers weights as they were before rounding
     context = job.context(diagnostics)
-    emission = job.target.emit(driver.program, context)
+    emission = job.target.emit(program, context)
     if job.verify != "types" and emission.native:
-        check_sites(baseline, driver.program, job.target, driver.samples, context, every=job.verify == "full")
-    artifact = Artifact(driver.program, driver.ledger, diagnostics, emission, job.recipe.to_toml())
+        check_sites(baseline, program, job.target, fitted, context, every=job.verify == "full")
+    artifact = Artifact(program, ledger, diagnostics, emission, job.recipe.to_toml())
     why = evidence.skip_reasons(diagnostics)
     trim()
-    driver.ledger.sites = evidence.site_rows(baseline, driver.program, emission, driver.samples, why)
+    ledger.sites = evidence.site_rows(baseline, program, emission, fitted, why)
     trim()
     dense_bytes = captured.weights.nbytes
-    driver.ledger.summary = evidence.summarize(
-        captured, driver.program, emission, samples, job.target_name, dense_bytes
-    )
+    ledger.summary = evidence.summarize(captured, program, emission, samples, job.target_name, dense_bytes)
     return artifact, plain
 
 

@@ -84,6 +84,7 @@ class Driver:
         row.changed = count_changes(before, after)
         check_types(step.name, before, after)  # always: a node that moved has no new fingerprint
         if row.changed:
+            trim()  # checks need memory, too
             if self.verify != "types":
                 try:
                     row.measured = self._check(step, before, after, context)

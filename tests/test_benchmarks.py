@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,8 +14,7 @@ from typer.testing import CliRunner
 
 import sparc
 from benchmarks import __main__ as command
-from benchmarks import exact, structural, timing
-from benchmarks.page import README, place
+from benchmarks import exact, methods, page, structural, timing
 
 
 @pytest.fixture
@@ -59,9 +59,10 @@ def test_a_misspelt_case_starts_nothing(started: list[str]) -> None:
     assert not started
 
 
-def test_the_readme_shows_the_results_in_the_repository() -> None:
-    text = README.read_text()
-    assert place(text) == text, "run python -m benchmarks.page"
+@pytest.mark.parametrize("module", [page, exact, methods, structural], ids=lambda module: module.__name__)
+def test_a_page_shows_the_results_in_the_repository(module: ModuleType) -> None:
+    text = module.PAGE.read_text()
+    assert module.filled(text) == text, f"run python -m {module.__name__}"
 
 
 def test_files_are_timed_in_turns(tmp_path: Path) -> None:
@@ -74,11 +75,6 @@ def test_files_are_timed_in_turns(tmp_path: Path) -> None:
     rows = timing.compare(files["small"], {"large": files["large"]}, {"input": x}, threads=1)
     assert [(row["against"], row["pairs"]) for row in rows] == [("itself (control)", 200), ("large", 200)]
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
-
-
-def test_the_page_of_exact_passes_shows_the_results_in_the_repository() -> None:
-    text = exact.PAGE.read_text()
-    assert exact.place(text) == text, "run python -m benchmarks.exact page"
 
 
 def test_structural_figures_become_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from sparc.contract import Approximate
 from sparc.diag import PassError
 from sparc.encoding.grid import Grid
 from sparc.pass_base import Pass, PassContext, Stage
-from sparc.passes.round.gptq import column_of, why_not_by_column
+from sparc.passes.round.gptq import column_of, refined, why_not_by_column
 from sparc.passes.second_order.factor import DAMPING, factor
 from sparc.passes.second_order.gram import better_rows, gram_watches, site_gram
 from sparc.passes.second_order.sweep import sweep
@@ -31,6 +31,7 @@ class Compensate(Pass):
     Args:
         damping: of the sweep, as a part of the inputs' mean square.
         activation_order: whether the sweep begins with the columns whose inputs are greatest.
+        refit: fit the scales of integer grids to the chosen codes as well, and sweep once more.
         floor: a site whose signal-to-noise ratio falls below so many decibels is restored, with a remark.
 
     Raises:
@@ -43,6 +44,7 @@ class Compensate(Pass):
 
     damping: float = field(default=DAMPING)
     activation_order: bool = True
+    refit: bool = False
     floor: float | None = None
 
     def __post_init__(self) -> None:
@@ -84,8 +86,10 @@ class Compensate(Pass):
         wanted, present = matrix.reshape(shape), site.view.to_matrix(old).reshape(shape)
         prepared = factor(gram, self.damping, descending=self.activation_order)
         swept = sweep(wanted, prepared, column_of(grid, matrix.shape, masked=True)).weight
-        chosen = torch.where(better_rows(swept, present, wanted, gram), swept, present).reshape(matrix.shape)
-        rounded = grid.spec.round(chosen, grid)
+        chosen = torch.where(better_rows(swept, present, wanted, gram), swept, present)
+        if self.refit:
+            chosen, grid = refined(grid, chosen, wanted, gram, prepared)
+        rounded = grid.spec.round(chosen.reshape(matrix.shape), grid)
         program.set_weight(site.weight, site.view.from_matrix(rounded, old.shape), grid)
 
 

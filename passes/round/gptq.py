@@ -20,6 +20,7 @@ from sparc.passes.round.fit import Fit, fit_grid
 from sparc.passes.round.importance import damped
 from sparc.passes.second_order.factor import Factor
 from sparc.passes.second_order.gram import better_rows
+from sparc.passes.second_order.rescale import rescaled
 from sparc.passes.second_order.selection import KeepNM
 from sparc.passes.second_order.sweep import Column, sweep
 from sparc.program import Program
@@ -72,8 +73,41 @@ def round_by_sweep(
     if swept.kept is not None:
         kept = torch.where(better, swept.kept, grid.tensors["mask"].reshape(runs.shape))
         grid = replace(grid, tensors={**grid.tensors, "mask": kept.reshape(matrix.shape)})
-    rounded = grid.spec.round(result, grid)
+    if fit == "search":
+        result, grid = refined(grid, result.reshape(runs.shape), runs, gram, factor)
+    rounded = grid.spec.round(result.reshape(matrix.shape), grid)
     return site.view.from_matrix(rounded, old.shape), replace(grid, view=str(site.view))
+
+
+def refined(grid: Grid, rounded: Tensor, wanted: Tensor, gram: Tensor, factor: Factor) -> tuple[Tensor, Grid]:
+    """Fit the scales to the codes that were chosen, sweep once more, and fit them again.
+
+    Only rows whose products come nearer to the wanted ones are changed. Encodings without scales of their own for rows
+    or groups of rows stay as they are.
+
+    Args:
+        grid: of `rounded`; its mask stays.
+        rounded: `[groups, rows, reduce]`, on the grid.
+        wanted: the weight before, the same shape.
+        gram: of the inputs, `[groups, reduce, reduce]`.
+        factor: of `gram`.
+    """
+    for again in (True, False):
+        found = rescaled(grid, rounded, wanted, gram, factor.ridge)
+        if found is None:
+            break
+        values, scaled = found
+        better = better_rows(values, rounded, wanted, gram)
+        rounded = torch.where(better, values, rounded)
+        old, new = grid.tensors["scale"], scaled.tensors["scale"]
+        grid = replace(
+            grid, tensors={**grid.tensors, "scale": torch.where(better.reshape(*old.shape[:-1], 1), new, old)}
+        )
+        if again:
+            shape = torch.Size((*old.shape[:-1], wanted.shape[-1]))
+            swept = sweep(wanted, factor, column_of(grid, shape, masked=True)).weight
+            rounded = torch.where(better_rows(swept, rounded, wanted, gram), swept, rounded)
+    return rounded, grid
 
 
 def chosen_pattern(existing: Encoding | None, encoding: Encoding) -> NM | None:

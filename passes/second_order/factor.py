@@ -21,11 +21,13 @@ class Factor:
         order: `[reduce]` int64: the column that each step treats.
         upper: `U`, `[groups, reduce, reduce]` float32, upper triangular.
         diagonal: of H in the same order, `[groups, reduce]` float32.
+        ridge: what H has on its diagonal that the Gram matrix has not, `[groups]` float32.
     """
 
     order: Tensor
     upper: Tensor
     diagonal: Tensor
+    ridge: Tensor
 
 
 def factor(gram: Tensor, damping: float = DAMPING, *, descending: bool = False, unit: int = 1) -> Factor:
@@ -53,14 +55,15 @@ def factor(gram: Tensor, damping: float = DAMPING, *, descending: bool = False, 
     mean = diagonal.mean(-1)
     mean = torch.where((mean > 0) & mean.isfinite(), mean, 1.0)
     while True:
-        trial = damped + (damping * mean)[:, None, None] * torch.eye(damped.shape[-1], dtype=torch.float64)
+        ridge = damping * mean
+        trial = damped + ridge[:, None, None] * torch.eye(damped.shape[-1], dtype=torch.float64)
         upper = _upper(trial)
         if upper is not None or damping > _MOST_DAMPING:
             break
         damping = 10 * max(damping, DAMPING / 100)
     if upper is None:
         raise ArithmeticError("the Gram matrix of its input is not finite")
-    return Factor(order, upper.float(), trial.diagonal(dim1=-2, dim2=-1).float())
+    return Factor(order, upper.float(), trial.diagonal(dim1=-2, dim2=-1).float(), ridge.float())
 
 
 def _upper(matrix: Tensor) -> Tensor | None:

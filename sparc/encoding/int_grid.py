@@ -158,8 +158,8 @@ class IntGrid(ElementEncoding):
         """`(code - zero) * scale` or `code * scale + minimum`, in float32, then cast; the cast saturates."""
         numbers = grouped(codes.float(), self.group)
         if "zero" in tensors:
-            numbers = numbers - column(tensors["zero"])
-        numbers = numbers * column(tensors["scale"])
+            numbers.sub_(column(tensors["zero"]))
+        numbers.mul_(column(tensors["scale"]))
         if "minimum" in tensors:
             numbers.add_(column(tensors["minimum"]))
         return saturate(ungrouped(numbers, codes.shape, self.group), dtype)

@@ -53,6 +53,12 @@ def errors(program: Program) -> Tensor:
     return ((program.weights["0.weight"].double() - dense) @ x.T).square().mean(1)
 
 
+def test_refitted_scales_leave_less_error() -> None:
+    plain, refit = compress(Round(GRID), Compensate()), compress(Round(GRID), Compensate(refit=True))
+    assert (errors(refit) <= errors(plain) * (1 + 1e-6)).all()
+    assert errors(refit).sum() < 0.98 * errors(plain).sum()
+
+
 def test_on_a_grid_of_nearest_values_it_is_gptq() -> None:
     nearest, swept = compress(Round(GRID), Compensate()), compress(Round(GRID, method="gptq"))
     for name in ("0.weight", "2.weight"):
