@@ -130,7 +130,9 @@ def why_no_integer_product(program: Program, weight: str, kind: str) -> str | No
 
 
 def static_params(bounds: Range) -> tuple[float, int]:
-    """Scale and zero point of the 8-bit grid over a range."""
+    """Scale and zero point of the 8-bit grid over a range; 1 and 0 where calibration saw nothing but zeros."""
+    if bounds[0] == bounds[1] == 0:
+        return 1.0, 0
     low, high = (torch.tensor([bound], dtype=torch.float32) for bound in bounds)
     tensors = PER_TENSOR.from_range(low, high).tensors
     return float(tensors["scale"]), int(tensors["zero"])

@@ -104,11 +104,16 @@ def magnitudes(weight: Tensor, group: Group, importance: Tensor | None) -> Tenso
     return grouped(magnitude, group).amax(-1)
 
 
+_NOTHING = 2.0**-40
+
+
 def stored_scale(scale: Tensor, dtype: ScaleDtype, reach: float) -> Tensor:
     """Scales as stored.
 
-    Those that are not positive become 1; those below the dtype's normal numbers are rounded up, so that a tiny range is
-    still covered; those so great that a value would overflow are cut.
+    Those that are not positive, of groups of zeros, become next to nothing: ONNX Runtime keeps an 8-bit code of 0 as 128 and
+    takes `128 * sum(x) * scale` away again, in float32, so that at a scale of 1 what is left would not be 0. Those below
+    the dtype's normal numbers are rounded up, so that a tiny range is still covered; those so great that a value would
+    overflow are cut.
 
     Args:
         scale: floating.
@@ -120,4 +125,4 @@ def stored_scale(scale: Tensor, dtype: ScaleDtype, reach: float) -> Tensor:
     step = limits.tiny * limits.eps
     scale = torch.where(scale < limits.tiny, torch.ceil(scale / step) * step, scale)
     greatest = min(limits.max, torch.finfo(torch.bfloat16).max / reach)
-    return torch.where(scale > 0, scale, 1).clamp(max=greatest).to(stored)
+    return torch.where(scale > 0, scale, max(limits.tiny, _NOTHING)).clamp(max=greatest).to(stored)

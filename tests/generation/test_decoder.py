@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+import sparc
 from sparc.cache import empty_slots
 from sparc.capture import capture
 from sparc.diag import CaptureError
 from sparc.generation.decoder import Decoder, describe
 from sparc.program import Program
-from tests.generation.decoders import CONFIGS, VOCABULARY, decoder
+from tests.generation.decoders import CONFIGS, VOCABULARY, decoder, prompts
 from tests.generation.encoder_decoders import encoder_decoder
 
 _QUICK = ("llama", "mistral", "gpt2", "qwen3_moe")
@@ -88,3 +89,11 @@ def _mamba() -> Any:
     from transformers import MambaConfig, MambaForCausalLM
 
     return MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1))
+
+
+def test_a_row_of_zeros_in_a_tied_head_is_no_trouble_in_8_bits() -> None:
+    model = decoder("gemma3", hidden_size=64, intermediate_size=128, head_dim=16, sliding_window=8)
+    assert not model.lm_head.weight[0].any()  # the padding token's
+    artifact = sparc.compile(model, task="text-generation", recipe="w8", target="onnx", measure=False)
+    logits = artifact(**prompts())["logits"]
+    assert not logits[..., 0].abs().max() > 1e-6
