@@ -29,6 +29,11 @@ def _grid(bits: int) -> IntGrid:
     return IntGrid(bits, group=64, symmetric=False)
 
 
+def _minimum(bits: int) -> IntGrid:
+    """What HQQ fits: a floating minimum instead of the integer zero point, in half precision both."""
+    return IntGrid(bits, group=64, symmetric=False, zero="minimum", scale_dtype="float16")
+
+
 def _swept(bits: int, damping: float = 0.01) -> Round:
     return Round(_grid(bits), fit="search", importance="data", method="gptq", damping=damping)
 
@@ -39,6 +44,7 @@ def _transformer() -> dict[str, Steps]:
         found |= {
             f"int{bits}, to nearest": _inner(Round(_grid(bits))),
             f"int{bits}, to nearest, searched": _inner(Round(_grid(bits), fit="search", importance="data")),
+            f"int{bits}, HQQ": _inner(Round(_minimum(bits), fit="hqq")),
             f"int{bits}, AWQ": _inner(Awq(_grid(bits)), Round(_grid(bits), fit="search", importance="data")),
             f"int{bits}, GPTQ": _inner(Round(_grid(bits), method="gptq")),
             f"int{bits}, GPTQ, searched": _inner(_swept(bits)),
