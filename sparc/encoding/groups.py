@@ -110,10 +110,10 @@ _NOTHING = 2.0**-40
 def stored_scale(scale: Tensor, dtype: ScaleDtype, reach: float) -> Tensor:
     """Scales as stored.
 
-    Those that are not positive, of groups of zeros, become next to nothing: ONNX Runtime keeps an 8-bit code of 0 as 128 and
-    takes `128 * sum(x) * scale` away again, in float32, so that at a scale of 1 what is left would not be 0. Those below
-    the dtype's normal numbers are rounded up, so that a tiny range is still covered; those so great that a value would
-    overflow are cut.
+    Those that are not positive, of groups of zeros, become next to nothing: ONNX Runtime keeps an 8-bit code of 0 as
+    128 and takes `128 * sum(x) * scale` away again, in float32, so that at a scale of 1 what is left would not be 0.
+    Those below the dtype's normal numbers are rounded up, so that a tiny range is still covered; those so great that a
+    value would overflow are cut.
 
     Args:
         scale: floating.
