@@ -34,8 +34,8 @@ def _minimum(bits: int) -> IntGrid:
     return IntGrid(bits, group=64, symmetric=False, zero="minimum", scale_dtype="float16")
 
 
-def _swept(bits: int, damping: float = 0.01) -> Round:
-    return Round(_grid(bits), fit="search", importance="data", method="gptq", damping=damping)
+def _swept(bits: int) -> Round:
+    return Round(_grid(bits), fit="search", importance="data", method="gptq")
 
 
 def _transformer() -> dict[str, Steps]:
@@ -49,7 +49,6 @@ def _transformer() -> dict[str, Steps]:
             f"int{bits}, GPTQ": _inner(Round(_grid(bits), method="gptq")),
             f"int{bits}, GPTQ, searched": _inner(_swept(bits)),
             f"int{bits}, AWQ, GPTQ, searched": _inner(Awq(_grid(bits)), _swept(bits)),
-            f"int{bits}, AWQ, GPTQ, searched, damped": _inner(Awq(_grid(bits)), _swept(bits, damping=0.1)),
             f"int{bits}, rotated, GPTQ, searched": (Rotate(), *_inner(_swept(bits))),
         }
     found |= {
