@@ -55,6 +55,7 @@ def make_samples(
             samples.held_out[entry], samples.calibration[entry] = [tensors, varied[0]], varied
         if written is not None:
             first = next(iter(example))
+            diagnostics.remark(codes.OWN_TEXT, "statistics are of text that the model wrote", why="data= was not given")
             samples.calibration[first] = [bind(program, item, first) for item in written()]
         return samples
     items = _read(data)

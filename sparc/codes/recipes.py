@@ -103,6 +103,14 @@ UNITS_PRUNED = Code(
     "are coupled in; the model computes something else and is smaller.",
     "measure what it costs (metric=), keep more, refit the readers (compensate=True), or train on",
 )
+OWN_TEXT = Code(
+    "SPARC217",
+    "statistics were taken on text that the model wrote itself",
+    "A pass needs calibration data and no data= was given: a causal language model then writes 512 tokens. They tell "
+    "which columns and layers matter; weights fitted to so few (gptq, compensate, sparsegpt) may end up worse than "
+    "rounded to nearest.",
+    "pass data= with text like what the model will read",
+)
 NOT_COALESCIBLE = Code(
     "SPARC220",
     "a program has no coarser level, or two programs are not of one family",

@@ -164,6 +164,12 @@ class IntGrid(ElementEncoding):
             numbers.add_(column(tensors["minimum"]))
         return saturate(ungrouped(numbers, codes.shape, self.group), dtype)
 
+    def round(self, weight: Tensor, grid: Grid) -> Tensor:
+        """The values of the nearest codes; once is enough where zero is a code and floats are far denser than codes."""
+        if "minimum" in grid.tensors or weight.dtype.itemsize < 4:
+            return super().round(weight, grid)
+        return self.values(self.codes(weight, grid.tensors), grid.tensors, weight.dtype)
+
     # storage --------------------------------------------------------------------------------------------------------
     def pack(self, codes: Tensor) -> Tensor:
         """8-bit codes as they are; narrower ones as `pack_bits` says, signed codes offset to unsigned."""

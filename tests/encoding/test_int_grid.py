@@ -197,6 +197,16 @@ def test_rounding_is_stable_where_floats_are_as_sparse_as_the_grid(seed, dtype):
     assert torch.equal(spec.decode(spec.encode(rounded, grid), (32, 16), dtype), rounded)
 
 
+@given(st.integers(0, 2**31), st.sampled_from([2, 4, 8]), st.booleans(), st.integers(-126, 120))
+def test_float32_is_rounded_once_to_grids_that_hold_zero(seed, bits, symmetric, exponent):
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    spec = IntGrid(bits, 4, symmetric)
+    for grid in (spec.fit(weight), spec.fit(weight[:, :1].expand(8, 16) / 3)):  # the second clips
+        rounded = spec.round(weight, grid)
+        assert torch.equal(spec.round(rounded, grid), rounded)
+        assert torch.equal(spec.decode(spec.encode(rounded, grid), (8, 16), torch.float32), rounded)
+
+
 def test_a_clipped_value_whose_float_is_nearer_to_another_value_is_rounded_on():
     spec, eps = IntGrid(4, "channel", symmetric=False, zero="minimum"), torch.finfo(torch.bfloat16).eps
     step, top = 0.8 * eps, 1 + 0.45 * eps  # the top value is stored as 1, and 1 is nearer to the value below the top

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sparc
+from sparc import codes
 from sparc.capture import capture
 from sparc.diag import Diagnostics
 from sparc.generation.own_text import own_text
@@ -33,7 +34,9 @@ def test_it_is_calibrated_on_but_not_checked_on() -> None:
     program = capture(torch.nn.Embedding(9, 4), (ids,))
 
     def calibration(data: list[torch.Tensor] | None) -> list[int]:
-        samples = make_samples(program, {"forward": (ids,)}, data, Diagnostics(), written=lambda: [own])
+        said = Diagnostics()
+        samples = make_samples(program, {"forward": (ids,)}, data, said, written=lambda: [own])
+        assert (codes.OWN_TEXT in [each.code for each in said]) == (data is None)
         assert not any(torch.equal(flat[0], own) for flat in samples.held_out["forward"])
         return [int(flat[0][0]) for flat in samples.calibration["forward"]]
 
