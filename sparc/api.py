@@ -26,7 +26,7 @@ from sparc.program import Program
 from sparc.recipe import Recipe, Step, resolve_recipe
 from sparc.registry import Registry
 from sparc.samples import Data, make_samples
-from sparc.selector import assign
+from sparc.selector import assign, claimants
 from sparc.signature import bind_examples
 from sparc.target import Emission, EmitContext, Estimating, Target
 
@@ -278,30 +278,33 @@ def run_steps(driver: Driver, recipe: Recipe, legalizations: Iterable[Pass] = ()
     """Run a recipe's steps; returns the program before the first step that serves compression, which is what the
     artifact is timed against, and the program before the first step that approximates, which sites are compared with.
 
-    Sites are assigned to steps once, when the graph has its final operators: after the last fold. What the target needs
-    is run just before the first step that encodes.
+    Sites are assigned to steps when the graph has its final operators, after the last fold, or when a later step made
+    them: factors of low rank, a head of its own. What the target needs is run just before the first step that encodes.
     """
     plain = baseline = driver.program
-    claimed: list[set[str]] | None = None
+    claimed: dict[str, set[int]] | None = None
     wanted = list(legalizations)
     for index, step in enumerate(recipe.steps):
         if claimed is None and step.pass_.stage > Stage.FOLD:
-            claimed = assign(recipe.steps, *find_sites(driver.program))
+            assign(recipe.steps, *find_sites(driver.program))  # every pattern must name something
+            claimed = {}
         while wanted and step.pass_.stage >= Stage.ENCODE:
             driver.run(wanted.pop(0), "* (for the target)", remarks=False)
         where = step.where if isinstance(step.where, str) else ", ".join(step.where)
-        driver.run(step.pass_, where, partial(_claims, claimed[index]) if claimed is not None else None)
+        driver.run(step.pass_, where, partial(_claims, recipe, claimed, index) if claimed is not None else None)
         if step.pass_.stage < Stage.CUT:
             plain = driver.program
-        if step.pass_.stage < Stage.MASK:
+        if step.pass_.stage < Stage.LOW_RANK:
             baseline = driver.program
     for each in wanted:
         driver.run(each, "* (for the target)", remarks=False)
     return plain, baseline
 
 
-def _claims(claimed: set[str], site: Site) -> bool:
-    return site.weight in claimed
+def _claims(recipe: Recipe, claimed: dict[str, set[int]], step: int, site: Site) -> bool:
+    if site.weight not in claimed:
+        claimed[site.weight] = claimants(recipe.steps, site)
+    return step in claimed[site.weight]
 
 
 def _given(model: Model, examples: Any, task: str | None, dynamic: Dynamic | None, data: Data) -> Task:

@@ -40,39 +40,48 @@ def site_rows(
     files = FileBytes(program, emission)
     rows = []
     for site in find_sites(baseline)[0]:
-        now, share = after.get(site.weight, (None, 1.0))
-        stored = now.weight if now is not None else site.weight
         row = SiteRow(site.weight, site.location.module, site.location.source, site.operator)
         row.dense_bytes = baseline.weights[site.weight].nbytes
         uses = [(use.entry, use.node.name) for use in site.uses]
         row.snr_db = min((measured[use] for use in uses if use in measured), default=None)
-        if now is not None and now.encoded:
-            row.encoding = str(now.source.args[1])
-        row.activation = activation_spec(now)
-        row.file_bytes = round(share * files.site(stored, now))
-        kernel = emission.kernels.get(stored)
-        row.kernel = kernel.operator if kernel else ""
-        row.resident_bytes = round(share * kernel.resident_bytes) if kernel else row.file_bytes
-        row.note = (kernel.note if kernel else "") or ("" if row.encoding != "dense" else why.get(site.weight, ""))
+        became = after.get(site.weight, [])
+        row.encoding = _joined(str(now.source.args[1]) if now.encoded else "dense" for now, _ in became) or "dense"
+        row.activation = _joined(activation_spec(now) for now, _ in became)
+        kernels = [emission.kernels.get(now.weight) for now, _ in became] or [emission.kernels.get(site.weight)]
+        row.kernel = _joined(kernel.operator for kernel in kernels if kernel)
+        for now, share in became or [(None, 1.0)]:
+            stored = now.weight if now is not None else site.weight
+            kernel, size = emission.kernels.get(stored), round(share * files.site(stored, now))
+            row.file_bytes += size
+            row.resident_bytes += round(share * kernel.resident_bytes) if kernel else size
+        note = _joined(kernel.note for kernel in kernels if kernel)
+        row.note = note or ("" if row.encoding != "dense" else why.get(site.weight, ""))
         rows.append(row)
     return rows
 
 
-def _by_origin(program: Program, baseline: Program) -> dict[str, tuple[Site, float]]:
-    """The compiled site that each weight of the baseline went into, and the weight's share of its bytes: weights of
-    products that were stacked are one site. A weight that is still there is its own site, whatever was made from it.
+def _joined(texts: Iterable[str]) -> str:
+    """Different texts, joined by `+`."""
+    return " + ".join(dict.fromkeys(filter(None, texts)))
+
+
+def _by_origin(program: Program, baseline: Program) -> dict[str, list[tuple[Site, float]]]:
+    """The compiled sites that each weight of the baseline went into, and the weight's share of their bytes: weights of
+    products that were stacked share a site, and factors of low rank are sites beside the weight, or in its place.
     """
-    found: dict[str, tuple[Site, float]] = {}
+    found: dict[str, list[tuple[Site, float]]] = {}
     sites = find_sites(program)[0]
     left = {site.weight for site in sites}
     for site in sites:
         parts: Any = site.source.args[0] if site.encoded else [site.source]
         origins = program.weights.record(str(parts[0].target)).origins if is_weight(parts[0]) else ()
-        known = [site.weight, *(name for name in dict.fromkeys(origins) if name not in left)]
-        known = [name for name in known if name in baseline.weights]
+        here = site.weight in baseline.weights  # else it was made of what may still be there
+        known = [site.weight, *(name for name in origins if not (here and name in left))]
+        known = [name for name in dict.fromkeys(known) if name in baseline.weights]
         total = sum(baseline.weights[name].nbytes for name in known)
         for name in known:
-            found.setdefault(name, (site, baseline.weights[name].nbytes / total))
+            into = found.setdefault(name, [])
+            into.insert(0 if name == site.weight else len(into), (site, baseline.weights[name].nbytes / total))
     return found
 
 

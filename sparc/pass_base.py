@@ -118,7 +118,7 @@ class PassContext:
         claims: whether a site is claimed by this step's selector.
         statistics: `statistics(node, kind)` gives what was measured on a node's value; None when there is no data.
         limit: stop after so many edits (the driver bisects with it).
-        block: only nodes of this block may be edited; None for all.
+        block: only sites whose last use is in this block may be edited; None for all.
         reference: the program before the first pass that masks, rounds or approximates otherwise behind `LOW_RANK`, so
             that its weights stand for the same function as those of now; None while there was none.
         example: for each entry, flat inputs that a pass may run the program on.
@@ -162,7 +162,8 @@ class PassContext:
         """
         found, others = find_sites(program)
         for site in found:
-            in_block = self.block is None or site.uses[0].node.meta.get("block", 0) == self.block
+            block = max(use.node.meta.get("block", 0) for use in site.uses)  # by then all of its inputs are known
+            in_block = self.block is None or block == self.block
             if not site.encoded and in_block and self.selects(site):
                 yield site
         if self.block is None:

@@ -234,7 +234,9 @@ class Program:
                 for use in weight_nodes(entry.graph, name):
                     use.meta["val"] = entry.fake(tensor)
 
-    def add_weight(self, name: str, tensor: Tensor, like: fx.Node, grid: "Grid | None" = None) -> fx.Node:
+    def add_weight(
+        self, name: str, tensor: Tensor, like: fx.Node, grid: "Grid | None" = None, *, own: bool = False
+    ) -> fx.Node:
         """Add a weight and return a node for it in the graph of `like`.
 
         Args:
@@ -242,6 +244,7 @@ class Program:
             tensor: the value.
             like: a node of the graph to add it to; if it is a weight itself, the new one inherits its origins.
             grid: the grid the value lies on.
+            own: it does not take another weight's place: it has a name of its own, and `like` is what it comes from.
         """
         record = self.weights.record(str(like.target)) if is_weight(like) else None
         unique, count = name, 0
@@ -249,6 +252,8 @@ class Program:
             count += 1
             unique = f"{name}_{count}"
         origins = record.origins if record is not None else ()
+        if own:
+            origins = (unique, *(origins or (str(like.target),)))
         self.weights.put(unique, Weight(tensor, grid, origins, record.trainable if record is not None else False))
         return self.weight_node(self.entry_of(like), unique)
 

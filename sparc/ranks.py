@@ -8,6 +8,9 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from sparc import codes
+from sparc.diag import PassError
+
 Item = TypeVar("Item")
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
@@ -28,9 +31,15 @@ class Ranks:
 
     @staticmethod
     def current() -> "Ranks":
-        """Those of this process: after `torch.distributed.init_process_group`, all of the group."""
+        """Those of this process: after `torch.distributed.init_process_group`, all of the group.
+
+        Raises:
+            PassError: SPARC218 when the group has no backend for tensors of the CPU.
+        """
         if not distributed.is_available() or not distributed.is_initialized():
             return Ranks()
+        if "cpu:" not in (backends := distributed.get_backend_config()):
+            raise PassError(codes.RANKS_APART, "processes cannot exchange statistics", why=f"backends: {backends}")
         return Ranks(distributed.get_rank(), distributed.get_world_size())
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from sparc import codes
 from sparc.cache import fit
@@ -84,7 +85,10 @@ def _kept(entry: Entry) -> list[bool]:
 
 def _read(data: Iterable[Any] | Callable[[], Iterable[Any]]) -> list[Any]:
     try:
-        return collect(data() if callable(data) else data, "reading data", _LIMIT + 1)
+        items = data() if callable(data) else data
+        if not isinstance(items, Sequence):  # what makes them one by one may use one buffer for all
+            items = (tree_map_only(Tensor, Tensor.clone, item) for item in items)
+        return collect(items, "reading data", _LIMIT + 1)
     except SparcError:
         raise
     except Exception as error:  # the user's own code

@@ -169,20 +169,24 @@ def assign(
     Raises:
         PassError: SPARC204 when a pattern names nothing in this model, with the nearest names.
     """
-    selectors = [Selector.parse(step.where) for step in steps]
-    for step, selector in zip(steps, selectors, strict=True):
-        for pattern in selector.patterns:
+    for step in steps:
+        for pattern in Selector.parse(step.where).patterns:
             _check_matches(step, pattern, sites, others)
     claimed: list[set[str]] = [set() for _ in steps]
     for site in sites:
-        best: dict[str, tuple[Level, int]] = {}
-        for index, (step, selector) in enumerate(zip(steps, selectors, strict=True)):
-            level = selector.level(_names(site), site.operator)
-            if level is not None:
-                best[step.pass_name] = max(best.get(step.pass_name, (level, index)), (level, index))
-        for _, index in best.values():
+        for index in claimants(steps, site):
             claimed[index].add(site.weight)
     return claimed
+
+
+def claimants(steps: Sequence[Selecting], site: Selectable) -> set[int]:
+    """The numbers of the steps that claim a site, one for each pass at most (see `assign`)."""
+    best: dict[str, tuple[Level, int]] = {}
+    for index, step in enumerate(steps):
+        level = Selector.parse(step.where).level(_names(site), site.operator)
+        if level is not None:
+            best[step.pass_name] = max(best.get(step.pass_name, (level, index)), (level, index))
+    return {index for _, index in best.values()}
 
 
 def _names(site: Selectable) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparc.encoding.int_grid import IntGrid
+from sparc.observers.base import finite
 
 MOST_ROWS = 1024
 """Rows that noise is averaged over, at most."""
@@ -15,11 +16,11 @@ class Rows:
     """Some rows of the values of one input, and the channels' ranges in every batch.
 
     Args:
-        batches: values `[..., channels]`; each is one tensor at run time.
+        batches: values `[..., channels]`; each is one tensor at run time. Infinities and NaN count as zeros.
     """
 
     def __init__(self, batches: Sequence[Tensor]) -> None:
-        flat = [batch.float().reshape(-1, batch.shape[-1]) for batch in batches if batch.numel()]
+        flat = [finite(batch.float()).reshape(-1, batch.shape[-1]) for batch in batches if batch.numel()]
         step = max(1, -(-sum(map(len, flat)) // MOST_ROWS))
         self.rows = [each[::step] for each in flat]
         self._ranges = [(each.amin(0), each.amax(0)) for each in flat]

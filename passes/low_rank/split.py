@@ -101,7 +101,7 @@ def add_factors(program: Program, site: Site, a: Tensor, b: Tensor) -> tuple[fx.
     like: Any = site.uses[0].node.args[site.uses[0].argument]
     dtype = program.weights[site.weight].dtype
     first, second = (
-        program.add_weight(f"{site.weight}_{name}", tensor.to(dtype).contiguous(), like)
+        program.add_weight(f"{site.weight}_{name}", tensor.to(dtype).contiguous(), like, own=True)
         for name, tensor in (("a", a), ("b", b))
     )
     return first, second

@@ -70,5 +70,5 @@ def mean_curvatures(
             )
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    found[name] += float(gradient.square().sum(dtype=torch.float64)) / (probes * gradient.numel())
+                    found[name] += float(gradient.double().square().sum()) / (probes * gradient.numel())
     return found

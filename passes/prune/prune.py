@@ -19,6 +19,7 @@ from sparc.encoding.nm import NM
 from sparc.encoding.operators import round_weight
 from sparc.encoding.unstructured import Unstructured
 from sparc.pass_base import Pass, PassContext, Stage
+from sparc.passes.maskable import why_not_masked
 from sparc.passes.prune.allocate import SPREAD, allocate, mean_curvatures
 from sparc.passes.prune.masks import Pruned, Pruning
 from sparc.passes.prune.refine import refine_mask
@@ -202,8 +203,8 @@ class Prune(Pass):
             return {}
         if self.density is None or not names:
             return {}
-        if not any(found.values()):
-            why = "no floating output depends on a site, so nothing says which one matters"
+        if not any(found.values()) or not all(map(math.isfinite, found.values())):
+            why = "no floating output depends on a site" if not any(found.values()) else "gradients are not finite"
             context.diagnostics.remark(codes.NOT_MATCHED, "every matrix keeps the same density", why=why)
         shares = allocate([found[name] for name in names], sizes, self.density, self.spread)
         return dict(zip(names, shares, strict=True))
@@ -216,11 +217,7 @@ class Prune(Pass):
         weight = program.weights[site.weight]
         if weight.dtype not in _DTYPES:
             return f"its dtype is {str(weight.dtype).removeprefix('torch.')}"
-        if any(use.operator == "embedding" for use in site.uses):
-            return "it is an embedding: no product skips its zeros"
-        if any(use.operator == "conv" for use in site.uses) and weight.shape[1] == 1:
-            return "it is a depthwise convolution: each output reads a single channel"
-        return self.pattern.accepts(site.view.matrix_shape(weight.shape))
+        return why_not_masked(program, site) or self.pattern.accepts(site.view.matrix_shape(weight.shape))
 
 
 def _refused(what: str, hint: str) -> PassError:

@@ -31,9 +31,9 @@ class Store:
         self.context.wide[name] = tensor
 
     def add(self, name: str, tensor: Tensor, readers: Iterable[fx.Node], position: int, like: fx.Node) -> str:
-        """Add a weight of the dtype of `like`, as the argument of `readers` at `position`; returns its name."""
+        """Add a weight made of `like`, of its dtype, as the argument of `readers` at `position`; returns its name."""
         stored = tensor.to(like.meta["val"].dtype).contiguous()
-        made = str(self.program.add_weight(name, stored, like).target)
+        made = str(self.program.add_weight(name, stored, like, own=True).target)
         self.context.wide[made] = tensor
         for reader in readers:
             arguments: list[Any] = [*reader.args, *[None] * (position + 1 - len(reader.args))]

@@ -57,13 +57,15 @@ def worth_more(
     for each in rounded:
         coarse, fine = _sizes(program, each, finer)
         left -= coarse
-        if fine is not None:
+        if fine is not None and fine > coarse:
             costs[each.site.weight] = fine - coarse
+    gains: dict[str, float] | str
     if not costs:
-        return []
-    gains = (
-        _gains(program, rounded, examples) if min(costs.values()) <= left else f"a budget of {budget:g} leaves no bytes"
-    )
+        gains = "no site takes it, or it takes no more bytes than what they are rounded to"
+    elif min(costs.values()) > left:
+        gains = f"a budget of {budget:g} leaves no bytes"
+    else:
+        gains = _gains(program, rounded, examples)
     if isinstance(gains, str):
         diagnostics.remark(codes.NOT_MATCHED, f"no site is rounded to {finer}", why=gains)
         return []
@@ -161,7 +163,7 @@ def sensitivities(
         gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
         for node, gradient in zip(values, gradients, strict=True):
             if gradient is not None:
-                found[node] = float(gradient.square().sum(dtype=torch.float64))
+                found[node] = float(gradient.double().square().sum())
     return found
 
 

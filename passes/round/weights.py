@@ -13,9 +13,12 @@ from sparc.contract import Approximate
 from sparc.diag import PassError
 from sparc.encoding.base import Encoding
 from sparc.encoding.compose import compose
+from sparc.encoding.dense import Dense
 from sparc.encoding.int_grid import IntGrid
+from sparc.encoding.mask import MaskEncoding
 from sparc.encoding.operators import round_weight
 from sparc.pass_base import Pass, PassContext, Stage
+from sparc.passes.maskable import why_not_masked
 from sparc.passes.round.fit import Fit, check_fit, fit_grid
 from sparc.passes.round.gptq import chosen_pattern, round_by_sweep, why_not_by_column
 from sparc.passes.round.importance import column_importance, damped, input_moments
@@ -110,41 +113,46 @@ class Round(Pass):
         """Round every selected site."""
         rounded = []
         for site in context.sites(program):
-            encoding = _encoding(program, site, self.encoding)
+            wanted, why_dense = _worth_masking(program, site, self.encoding)
+            encoding = _encoding(program, site, wanted)
             if encoding is None:
                 continue
-            why = _unsuitable(program, site, encoding)
+            why = why_dense if isinstance(wanted, Dense) else _unsuitable(program, site, encoding)
             if why:
                 context.skip(site.weight, why, site.location)
             elif not context.edit():
                 break
-            elif self.method == "gptq":
-                self._sweep(program, site, context)
             else:
+                if why_dense:
+                    what = f"{site.weight} was rounded to {wanted} without a mask"
+                    context.diagnostics.remark(codes.NOT_MATCHED, what, where=site.location, why=why_dense)
+                if self.method == "gptq":
+                    self._sweep(program, site, wanted, context)
+                    continue
                 importance = column_importance(program, site, context) if self.needs else None
                 rounded.append(Rounded(site, program.weights.record(site.weight), importance))
-                self._round(program, rounded[-1], self.encoding)
+                self._round(program, rounded[-1], wanted)
         if self.finer is not None and self.budget is not None:
             for each in worth_more(program, rounded, self.finer, self.budget, context.example, context.diagnostics):
                 program.weights.put(each.site.weight, each.original)
                 self._round(program, each, self.finer)
 
-    def _sweep(self, program: Program, site: Site, context: PassContext) -> None:
+    def _sweep(self, program: Program, site: Site, wanted: Encoding, context: PassContext) -> None:
         """Round by a sweep; to nearest, with a remark, where inputs are unknown or columns cannot be rounded alone."""
         gram = site_gram(program, site, context)
-        encoding = compose(_spec(program, site), self.encoding)
+        encoding = compose(_spec(program, site), wanted)
         why = "no calibration data says what it is multiplied with" if gram is None else why_not_by_column(encoding)
         if gram is None or why:
             context.diagnostics.remark(
                 codes.NOT_MATCHED, f"{site.weight} was rounded to nearest", where=site.location, why=why
             )
-            self._round(program, Rounded(site, program.weights.record(site.weight), None), self.encoding)
+            self._round(program, Rounded(site, program.weights.record(site.weight), None), wanted)
             return
-        pattern = chosen_pattern(_spec(program, site), self.encoding)
+        pattern = chosen_pattern(_spec(program, site), wanted)
         unit = 1 if pattern is None else pattern.m
         prepared = factor(gram, self.damping, descending=self.activation_order, unit=unit)
         importance = gram.diagonal(dim1=-2, dim2=-1) if self.importance == "data" else None
-        swept = round_by_sweep(program, site, self.encoding, gram, prepared, importance, self.fit)
+        swept = round_by_sweep(program, site, wanted, gram, prepared, importance, self.fit)
         program.set_weight(site.weight, *swept)
 
     def _round(self, program: Program, each: Rounded, encoding: Encoding) -> None:
@@ -171,6 +179,16 @@ def round_site(program: Program, site: Site, encoding: Encoding, importance: Ten
 def _spec(program: Program, site: Site) -> Encoding | None:
     grid = program.grid(site.weight)
     return None if grid is None else grid.spec
+
+
+def _worth_masking(program: Program, site: Site, wanted: Encoding) -> tuple[Encoding, str]:
+    """What to round a site to: without the mask, and why, where that would be a new one and is worth nothing."""
+    existing = _spec(program, site)
+    composed = compose(existing, wanted)
+    if not isinstance(composed, MaskEncoding) or (existing is not None and composed.same_pattern(existing)):
+        return wanted, ""
+    why = why_not_masked(program, site)
+    return (composed.of, why) if why else (wanted, "")
 
 
 def _encoding(program: Program, site: Site, wanted: Encoding) -> Encoding | None:

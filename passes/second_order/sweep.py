@@ -82,8 +82,8 @@ def sweep(weight: Tensor, factor: Factor, column: Column | None = None, select: 
         cost += float(errors.double().square().sum())
         rest[:, stop:] -= factor.upper[:, start:stop, stop:].transpose(-1, -2) @ errors
     back = torch.argsort(factor.order)
-    changed = rest[:, back].transpose(-1, -2).to(weight.dtype)
-    return Swept(changed, kept[:, back].transpose(-1, -2) if kept is not None else None, cost)
+    changed = rest[:, back].transpose(-1, -2).to(weight.dtype).contiguous()
+    return Swept(changed, kept[:, back].transpose(-1, -2).contiguous() if kept is not None else None, cost)
 
 
 def _block(

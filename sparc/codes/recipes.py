@@ -111,6 +111,12 @@ OWN_TEXT = Code(
     "rounded to nearest.",
     "pass data= with text like what the model will read",
 )
+RANKS_APART = Code(
+    "SPARC218",
+    "the processes that calibrate together cannot exchange tensors",
+    "Statistics are on the CPU, and the default process group has no backend for the CPU: NCCL alone has none.",
+    'init_process_group("cpu:gloo,cuda:nccl")',
+)
 NOT_COALESCIBLE = Code(
     "SPARC220",
     "a program has no coarser level, or two programs are not of one family",

@@ -45,21 +45,21 @@ class WeightView:
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The weight as its matrix; contiguous."""
         if self.kind == "conv":
-            return weight.reshape(weight.shape[0], -1)
+            return weight.reshape(weight.shape[0], -1).contiguous()
         if self.kind == "conv_transposed":
             split = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
             return split.transpose(1, 2).reshape(self.matrix_shape(weight.shape)).contiguous()
         if self.kind == "transposed":
             return weight.transpose(-1, -2).contiguous()
-        return weight
+        return weight.contiguous()
 
     def from_matrix(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
         """The matrix back in the weight's own layout and shape; contiguous."""
         if self.kind == "conv":
-            return matrix.reshape(tuple(shape))
+            return matrix.reshape(tuple(shape)).contiguous()
         if self.kind == "conv_transposed":
             split = matrix.reshape(self.groups, shape[1], shape[0] // self.groups, -1)
             return split.transpose(1, 2).reshape(tuple(shape)).contiguous()
         if self.kind == "transposed":
             return matrix.transpose(-1, -2).contiguous()
-        return matrix
+        return matrix.contiguous()

@@ -73,6 +73,8 @@ class PatchGram(Gram):
         """`[groups, patches, reduce]`."""
         kernel, stride, padding, dilation, groups = self.geometry
         image = value.float() if bool(torch.isfinite(value.sum())) else finite(value.float())
+        if image.ndim == len(kernel) + 1:  # one image without a batch
+            image = image.unsqueeze(0)
         if len(kernel) == 1:
             image, kernel, stride = image.unsqueeze(2), (1, *kernel), (1, *stride)
             padding, dilation = ((0, 0), *padding), (1, *dilation)
