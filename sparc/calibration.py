@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from sparc.analysis.blocks import assign_blocks, renumber_blocks
-from sparc.execute import run_node
-from sparc.observers import Observer, observer
+from sparc.execute import Values, run_node
+from sparc.observers import ByRun, Observer, observer
 from sparc.program import Program
 from sparc.progress import track
 from sparc.ranks import Ranks
@@ -69,16 +69,22 @@ class Calibration:
             for kind in sorted(kinds)
         }
 
-        def see(entry: str, batch: int, name: str, value: Any) -> None:
-            if isinstance(value, Tensor):
-                for kind in wanted[entry][name]:
-                    observers[entry, name, kind].update(value, batch)
+        def see(entry: str, batch: int, node: fx.Node, values: Values) -> None:
+            for kind in wanted[entry][node.name] if isinstance(values[node], Tensor) else ():
+                watching = observers[entry, node.name, kind]
+                if isinstance(watching, ByRun) and _is_grouped(node):
+                    x, ends = (values[node.args[place]] for place in (0, 2))  # type: ignore[index]
+                    watching.update_runs(x, ends, batch)
+                else:
+                    watching.update(values[node], batch)
 
         for entry, graph, index in self._batches(block):
             here = wanted.get(entry, {})
             needed = [node for node in graph.nodes if node.name in here and node.meta["block"] <= block]
             number = self._ranks.number(index)
-            _run(needed, self._live[entry][index], self.program.weights, partial(see, entry, number))
+            grouped = {node.name for node in needed if _is_grouped(node)}  # their operands are looked at, too
+            live = {name: value for name, value in self._live[entry][index].items() if name not in grouped}
+            _run(needed, live, self.program.weights, partial(see, entry, number))
         observers = {key: self._together(key[2], found) for key, found in observers.items()}
 
         def statistics(node: fx.Node, kind: str) -> Any:
@@ -122,7 +128,7 @@ class Calibration:
         for entry, graph, index in self._batches(block):
             kept: dict[str, Any] = {}
             needed = [node for node in graph.nodes if node.op == "placeholder" or _outlives(node, block)]
-            _run(needed, self._live[entry][index], self.program.weights, kept.__setitem__)
+            _run(needed, self._live[entry][index], self.program.weights, partial(_keep, kept))
             self._live[entry][index] = kept
 
     def _batches(self, block: int) -> Iterator[tuple[str, fx.Graph, int]]:
@@ -142,10 +148,22 @@ def _outlives(node: fx.Node, block: int) -> bool:
     return any(user.op != "output" and user.meta["block"] > block for user in node.users)
 
 
+def _is_grouped(node: fx.Node) -> bool:
+    return node.target is torch.ops.sparc.grouped_linear.default
+
+
+def _keep(kept: dict[str, Any], node: fx.Node, values: Values) -> None:
+    kept[node.name] = values[node]
+
+
 def _run(
-    needed: Sequence[fx.Node], live: Mapping[str, Any], weights: Mapping[str, Tensor], see: Callable[[str, Any], None]
+    needed: Sequence[fx.Node],
+    live: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    see: Callable[[fx.Node, Values], None],
 ) -> None:
-    """Compute the needed nodes from live values, showing each one as soon as it is there and freeing what is done with.
+    """Compute the needed nodes from live values, showing each one, with what it was computed from, as soon as it is
+    there and freeing what is done with.
 
     Inputs of the graph are always live, so every node can be computed; what lies before a live value is not.
     """
@@ -156,7 +174,7 @@ def _run(
         for node in order:
             env[node] = live[node.name] if node.name in live else run_node(node, env, weights)
             if node.name in names:
-                see(node.name, env[node])
+                see(node, env)
             for used in [] if node.name in live else node.all_input_nodes:
                 uses[used] -= 1
                 if uses[used] == 0:

@@ -8,7 +8,6 @@ from torch import Tensor, fx
 
 from sparc.analysis.sites import Site, Use
 from sparc.pass_base import PassContext
-from sparc.passes.second_order.gram import rows_of_runs
 from sparc.program import Program
 
 DAMPING = 0.01
@@ -47,9 +46,7 @@ def input_moments(program: Program, context: PassContext) -> Iterator[tuple[fx.N
     for site in context.sites(program):
         for use in site.uses:
             if isinstance(use.input, fx.Node):
-                yield use.input, _kind(use, program.weights[site.weight])
-                if use.operator == "grouped":
-                    yield from ((node, "batches") for node in (use.node.args[0], use.node.args[2]))  # type: ignore[misc]
+                yield _watched(use, program.weights[site.weight])
 
 
 def _moment(program: Program, site: Site, context: PassContext, power: int) -> Tensor | None:
@@ -60,31 +57,28 @@ def _moment(program: Program, site: Site, context: PassContext, power: int) -> T
     return torch.stack(known).mean(0) if known else None
 
 
-def _kind(use: Use, weight: Tensor) -> str:
-    return f"moments:{1 - weight.ndim}" if use.operator.startswith("conv") else "moments"
+def _watched(use: Use, weight: Tensor) -> tuple[fx.Node, str]:
+    assert isinstance(use.input, fx.Node)
+    if use.operator == "grouped":
+        return use.node, "run_moments"
+    return use.input, f"moments:{1 - weight.ndim}" if use.operator.startswith("conv") else "moments"
 
 
 def _of_use(use: Use, weight: Tensor, context: PassContext, power: int) -> Tensor | None:
     if context.statistics is None or not isinstance(use.input, fx.Node):
         return None
-    moments = context.statistics(use.input, _kind(use, weight))
+    moments = context.statistics(*_watched(use, weight))
     if moments is None:
         return None
-    mean = moments[power - 1].float()
+    mean = moments.select(-2, power - 1).float()
     if use.operator == "conv":
         groups = mean.numel() // weight.shape[1]
         mean = mean.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
     elif use.operator == "conv_transposed":
         mean = mean.unsqueeze(1)
     elif use.operator == "grouped":
-        return _of_runs(use, mean, context, power).unsqueeze(1).expand(weight.shape)
+        return mean.unsqueeze(1).expand(weight.shape)
     else:
         return mean
     spatial = [1] * (weight.ndim - 2)
     return use.view.to_matrix(mean.reshape(*mean.shape, *spatial).expand(weight.shape))
-
-
-def _of_runs(use: Use, mean: Tensor, context: PassContext, power: int) -> Tensor:
-    """The mean of each run's own rows to a power, `[runs, reduce]`; `mean`, that of all rows, where it has none."""
-    each = rows_of_runs(use, context)
-    return torch.stack([(rows**power).mean(0) if len(rows) else mean for rows in each])

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from sparc.analysis.sites import Site, Use
-from sparc.grouped import runs
 from sparc.observers import Geometry
-from sparc.observers.base import finite
 from sparc.pass_base import PassContext
 from sparc.pattern import normalized_arguments
 from sparc.program import Program
@@ -22,9 +20,8 @@ def gram_watches(program: Program, context: PassContext) -> Iterator[tuple[fx.No
             if not isinstance(use.input, fx.Node):
                 continue
             if use.operator == "grouped":
-                yield from ((node, "batches") for node in (use.node.args[0], use.node.args[2]))  # type: ignore[misc]
-            kind = _kind(use)
-            if kind:
+                yield use.node, "run_gram"
+            elif kind := _kind(use):
                 yield use.input, kind
 
 
@@ -105,29 +102,8 @@ def convolution_geometry(node: fx.Node) -> Geometry | None:
 
 
 def _of_use(use: Use, context: PassContext) -> Tensor | None:
-    kind = _kind(use)
+    kind = "run_gram" if use.operator == "grouped" else _kind(use)
     if context.statistics is None or not isinstance(use.input, fx.Node) or not kind:
         return None
-    gram: Tensor | None = context.statistics(use.input, kind)
-    if gram is None:
-        return None
-    if use.operator == "grouped":
-        return _of_runs(use, gram, context)
-    return gram if gram.ndim == 3 else gram.unsqueeze(0)
-
-
-def _of_runs(use: Use, whole: Tensor, context: PassContext) -> Tensor:
-    """The Gram matrix of each run's own rows in the batches that were kept; that of all rows for a run without any."""
-    each = rows_of_runs(use, context)
-    return torch.stack([(rows.T @ rows).double() / len(rows) if len(rows) else whole for rows in each])
-
-
-def rows_of_runs(use: Use, context: PassContext) -> list[Tensor]:
-    """The rows that each run of a grouped product met in the batches that were kept, `[rows, reduce]` float32.
-
-    As for all statistics, infinities and NaN count as zeros.
-    """
-    assert context.statistics is not None
-    x, ends = (context.statistics(use.node.args[place], "batches") for place in (0, 2))  # type: ignore[arg-type]
-    pairs = [[finite(value[rows].float()) for rows in runs(end)] for value, end in zip(x, ends, strict=True)]
-    return [torch.cat(parts) for parts in zip(*pairs, strict=True)]
+    gram: Tensor | None = context.statistics(use.node if use.operator == "grouped" else use.input, kind)
+    return gram.unsqueeze(0) if gram is not None and gram.ndim == 2 else gram

@@ -1,6 +1,7 @@
 """What calibration can measure on a stream of tensors. Each observer sees one batch at a time and keeps a summary."""
 
 from sparc.observers.base import Observer
+from sparc.observers.by_run import ByRun, RunGram, RunMoments
 from sparc.observers.gram import Geometry, Gram, PatchGram
 from sparc.observers.histogram import Counts, Histogram
 from sparc.observers.kept import Batches, Rows
@@ -15,6 +16,8 @@ KINDS: dict[str, type[Observer]] = {
     "rows": Rows,
     "gram": Gram,
     "batches": Batches,
+    "run_moments": RunMoments,
+    "run_gram": RunGram,
 }
 
 
@@ -33,6 +36,7 @@ __all__ = [
     "AbsMax",
     "AbsMean",
     "Batches",
+    "ByRun",
     "Counts",
     "Geometry",
     "Gram",
@@ -42,5 +46,7 @@ __all__ = [
     "PatchGram",
     "Range",
     "Rows",
+    "RunGram",
+    "RunMoments",
     "observer",
 ]

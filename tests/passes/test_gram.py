@@ -124,3 +124,15 @@ def test_patches_are_spaced_evenly_over_the_whole_batch(most: int, monkeypatch: 
     step = -(-len(every) // most)
     expected = every[::step].unflatten(-1, (2, -1)).transpose(0, 1)
     assert torch.equal(gram.PatchGram(geometry).rows_of(image), expected)
+
+
+def test_every_batch_counts_for_each_runs_own_rows() -> None:
+    """More batches than are kept whole; the last expert gets no row, and has what all rows have together."""
+    torch.manual_seed(4)
+    batches = [[torch.randn(9, 32) * (1 + index), torch.randint(0, 3, (9,))] for index in range(7)]
+    found = grams(capture(Mixture(), tuple(batches[0])), batches)["up"]
+    assert found is not None
+    rows, experts = (torch.cat([batch[place] for batch in batches]) for place in range(2))
+    for expert in range(4):
+        own = (rows[experts == expert] if expert < 3 else rows).double()
+        torch.testing.assert_close(found[expert], own.T @ own / len(own), rtol=1e-5, atol=1e-5)
