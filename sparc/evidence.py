@@ -44,17 +44,20 @@ def site_rows(
         row.dense_bytes = baseline.weights[site.weight].nbytes
         uses = [(use.entry, use.node.name) for use in site.uses]
         row.snr_db = min((measured[use] for use in uses if use in measured), default=None)
-        became = after.get(site.weight, [])
-        row.encoding = _joined(str(now.source.args[1]) if now.encoded else "dense" for now, _ in became) or "dense"
+        became: list[tuple[Site | None, float]] = [*after.get(site.weight, [(None, 1.0)])]
+        row.encoding = _joined(
+            str(now.source.args[1]) if now is not None and now.encoded else "dense" for now, _ in became
+        )
         row.activation = _joined(activation_spec(now) for now, _ in became)
-        kernels = [emission.kernels.get(now.weight) for now, _ in became] or [emission.kernels.get(site.weight)]
-        row.kernel = _joined(kernel.operator for kernel in kernels if kernel)
-        for now, share in became or [(None, 1.0)]:
+        kernels = []
+        for now, share in became:
             stored = now.weight if now is not None else site.weight
-            kernel, size = emission.kernels.get(stored), round(share * files.site(stored, now))
+            size, kernel = round(share * files.site(stored, now)), emission.kernels.get(stored)
             row.file_bytes += size
             row.resident_bytes += round(share * kernel.resident_bytes) if kernel else size
-        note = _joined(kernel.note for kernel in kernels if kernel)
+            kernels += [kernel] if kernel else []
+        row.kernel = _joined(kernel.operator for kernel in kernels)
+        note = _joined(kernel.note for kernel in kernels)
         row.note = note or ("" if row.encoding != "dense" else why.get(site.weight, ""))
         rows.append(row)
     return rows
