@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as distributed
 from safetensors.torch import load_file
 
+from sparc.diag import PassError
 from sparc.ranks import Ranks
 from tests.ranks_worker import BATCHES, found, main
 
@@ -33,3 +36,15 @@ def test_each_batch_is_one_processs() -> None:
 
 def test_alone_without_torch_distributed() -> None:
     assert Ranks.current() == Ranks(0, 1)
+
+
+def test_processes_that_cannot_exchange_tensors_of_the_cpu_are_told_so(tmp_path: Path) -> None:
+    distributed.init_process_group(
+        "cuda:gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        with pytest.raises(PassError, match="SPARC218") as error:
+            Ranks.current()
+        assert "cuda:gloo" in error.value.diagnostic.why
+    finally:
+        distributed.destroy_process_group()
