@@ -52,11 +52,13 @@ def per_unit(values: Tensor, member: Member) -> Tensor:
     return totals[member.index.flatten()].reshape(member.index.shape).sum(1)
 
 
-def magnitude(program: Program, group: Group) -> Tensor:
-    """`I_k = mean over members of sum |w|^2` (group norm, Fang et al. 2023, equation 6), `[units]` float64."""
+def magnitude(program: Program, group: Group) -> Tensor | str:
+    """`I_k = mean over members of sum |w|^2` (group norm, Fang et al. 2023, equation 6), `[units]` float64; or why
+    there is none.
+    """
     members = scored_members(program, group)
     each = [per_unit(program.weights[member.weight].double().abs() ** POWER, member) for member in members]
-    return torch.stack(each).mean(0)
+    return torch.stack(each).mean(0) if each else "no matrix, filter or gain says what they are worth"
 
 
 # activations ---------------------------------------------------------------------------------------------------------

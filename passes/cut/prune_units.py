@@ -9,11 +9,11 @@ from torch import Tensor, fx
 
 from sparc import codes
 from sparc.analysis.coupling_rules import KERNEL_POSITION
-from sparc.analysis.dependency import KINDS, Group, groups
-from sparc.analysis.sites import find_sites
+from sparc.analysis.dependency import KINDS, Group
 from sparc.contract import Approximate
 from sparc.diag import PassError
 from sparc.pass_base import Pass, PassContext, Stage
+from sparc.passes.cut.claims import are_kernel_positions, claimed_groups
 from sparc.passes.cut.gradients import PROJECTION, gradients
 from sparc.passes.cut.importance import (
     activation,
@@ -38,7 +38,7 @@ class PruneUnits(Pass):
     """The least important units of dependency groups are removed: rows, columns, filters, heads, experts and all.
 
     A group (`sparc.analysis.dependency`) is what can only be removed together, found from the operators alone
-    (DepGraph, Fang et al. 2023). A step's selector claims a group when it selects a weight among its members. What is
+    (DepGraph, Fang et al. 2023). A step's selector claims a group when it selects a matrix among its members. What is
     left is an ordinary smaller program, which computes what the program with zeros in place of the removed weights
     does. So units that a norm or a softmax takes a statistic of are left alone, with the reason; but for experts, of
     which a removed one counts as never chosen.
@@ -138,16 +138,16 @@ class PruneUnits(Pass):
         cut_groups(program, kept)
 
     def _candidates(self, program: Program, context: PassContext, silent: bool = False) -> Iterator[Group]:
-        claimed = {site.weight for site in find_sites(program)[0] if context.selects(site)}
-        for group in groups(program):
-            ours = group.kind in self.kinds and any(member.weight in claimed for member in group.members)
-            if not ours or group.units < 2:
+        for group in claimed_groups(program, context):
+            if group.kind not in self.kinds:
                 continue
             why = group.frozen or (group.statistic if group.kind != "expert" else "")
             if not why:
                 yield group
             elif not silent and why != KERNEL_POSITION:
                 context.skip(group.name, f"its units stay ({group.kind}): {why}")
+            elif not silent and not are_kernel_positions(program, group):
+                context.skip(group.name, f"its units stay ({group.kind}): a convolution moves along them")
 
     def _scores(self, program: Program, context: PassContext, found: list[Group]) -> list[Tensor | str]:
         """For each group the importance of its units, `[units]` float64, or why there is none."""
