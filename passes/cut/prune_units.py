@@ -130,11 +130,12 @@ class PruneUnits(Pass):
         kept = {group: units for group, units in chosen.items() if context.edit()}
         if not kept:
             return
+        refitted: set[Group] = set()
         if self.compensate:
             assert context.statistics is not None
-            refit(program, kept, context.statistics, context.skip)
+            refitted = refit(program, kept, context.statistics, context.skip)
         for group, units in kept.items():
-            self._note(context, group, units)
+            self._note(context, group, units, group in refitted)
         cut_groups(program, kept)
 
     def _candidates(self, program: Program, context: PassContext, silent: bool = False) -> Iterator[Group]:
@@ -162,9 +163,9 @@ class PruneUnits(Pass):
         slopes = gradients(program, names, context.calibration, self.loss) if names else iter(())
         return from_gradients(program, found, slopes, taylor if self.importance == "taylor" else fisher)
 
-    def _note(self, context: PassContext, group: Group, units: Tensor) -> None:
+    def _note(self, context: PassContext, group: Group, units: Tensor, refitted: bool) -> None:
         where = location(group.contractions[0].node if group.contractions else group.values[0][0])
         gone = group.units - len(units)
         what = f"{gone} of {group.units} units of {group.name} were removed ({group.kind})"
-        why = f"by {self.importance}" + (", and what reads them was refitted" if self.compensate else "")
+        why = f"by {self.importance}" + (", and what reads them was refitted" if refitted else "")
         context.diagnostics.remark(codes.UNITS_PRUNED, what, where=where, why=why)
