@@ -1,10 +1,12 @@
-"""Which dependency groups a step of a recipe claims, and which of them are no units at all."""
+"""Which dependency groups a step of a recipe claims, and how its report names them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
-from torch import fx
+from torch import Tensor, fx
 
+from sparc.analysis.axes import leaves
 from sparc.analysis.dependency import Group, Member, groups
 from sparc.analysis.sites import Site, find_sites, use_of
 from sparc.pass_base import PassContext
@@ -42,6 +44,22 @@ def claimed_groups(program: Program, context: PassContext) -> Iterator[Group]:
 def are_kernel_positions(program: Program, group: Group) -> bool:
     """Whether a group is nothing but the positions of convolutions' kernels."""
     return all(_is_kernel_axis(program, member) for member in group.members)
+
+
+def described(group: Group) -> str:
+    """The kind of a group's units; and where the first one lies along the axis that names the group, if other units do,
+    so that no two groups of a program are told alike.
+    """
+    first = group.members[0]
+    alone = len(set(leaves(group.coupling.weights[first.weight][first.axis]))) == 1
+    return group.kind if alone or not first.index.numel() else f"{group.kind}, the first at {_runs(first.index[0])}"
+
+
+def _runs(places: Tensor) -> str:
+    """`0-3, 8-11, …, 56-59`."""
+    runs = [[place for _, place in run] for _, run in groupby(enumerate(places.tolist()), lambda at: at[1] - at[0])]
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ", ".join(texts if len(texts) < 5 else [*texts[:2], "…", texts[-1]])
 
 
 def _selectable(program: Program) -> list[Site | Plain]:

@@ -6,10 +6,12 @@ from torch import Tensor, nn
 
 from sparc.analysis.dependency import groups
 from sparc.calibration import Calibration
+from sparc.diag import Diagnostic
 from sparc.pass_base import PassContext
 from sparc.passes.cut.prune_units import PruneUnits
 from sparc.passes.cut.refit import refitted
-from tests.passes.pruned import after, prepared
+from sparc.passes.cut.select import kept_count
+from tests.passes.pruned import after, architecture, group_of, prepared
 from tests.passes.test_prune_claims import Tied
 from tests.passes.test_prune_importance import square
 
@@ -105,8 +107,12 @@ def test_a_group_whose_inputs_are_zero_stays_as_it_is():
     assert torch.isin(found[4:].double(), weights[1]).all()
 
 
+def remarks(driver) -> list[Diagnostic]:
+    return [each for each in driver.diagnostics if each.code.id == "SPARC216"]
+
+
 def whys(driver) -> str:
-    return "; ".join(each.why for each in driver.diagnostics if each.code.id == "SPARC216")
+    return "; ".join(each.why for each in remarks(driver))
 
 
 def test_refitted_is_said_only_where_something_was():
@@ -134,3 +140,73 @@ def test_a_group_that_no_product_reads_is_not_refitted():
     assert row.matches == 1
     assert whys(driver) == "by magnitude"
     assert any("no product with a weight sums over them" in skip.why for skip in row.skips)
+
+
+# factors of one axis ------------------------------------------------------------------------------------------------
+class Stages(nn.Module):
+    """A grouped convolution between two dense ones, on 64 channels in 8 groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Conv2d(3, 64, 1), nn.Conv2d(64, 8, 1)
+        self.g = nn.Conv2d(64, 64, 3, padding=1, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.relu(self.g(torch.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize(("keep", "ranking"), [(0.75, "group"), (0.5, "group"), (0.25, "group"), (0.5, "global")])
+def test_keep_and_multiple_are_of_the_whole_width(keep, ranking):
+    torch.manual_seed(0)
+    driver = prepared(Stages(), tuple(images(1)[0]))
+    weights = after(driver, PruneUnits(keep=keep, ranking=ranking)).weights
+    assert [len(weights[name]) % 8 for name in ("a.weight", "g.weight")] == [0, 0]
+    if ranking == "group":
+        assert tuple(weights["g.weight"].shape) == (64 * keep, 8 * keep, 3, 3)
+    row = driver.ledger.passes[-1]
+    assert row.matches == 2
+    stays = "its units stay (channel, the first at 0-7): one axis is cut once, here along a.weight[0]"
+    assert any((skip.where, skip.why.startswith(stays)) == ("a.weight[0]", True) for skip in row.skips)
+
+
+@pytest.mark.parametrize("kinds", [("head", "head_dim"), ("head_dim", "head")])
+def test_of_several_kinds_the_first_is_cut(kinds):
+    driver = architecture("gpt2")
+    driver.run(PruneUnits(kinds=kinds, keep=0.5, multiple=1))
+    cut = {each.what.partition("(")[2].rstrip(")").partition(",")[0] for each in remarks(driver)}
+    assert cut == {kinds[0]}
+    assert any("one axis is cut once" in skip.why for skip in driver.ledger.passes[-1].skips)
+
+
+def test_every_reader_is_a_multiple_wide():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.two, self.three = nn.Linear(6, 12), nn.Linear(24, 4), nn.Linear(36, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.up(x))
+            return self.two(torch.cat([h, h], -1)) + self.three(torch.cat([h, h, h], -1))
+
+    group = group_of(prepared(Twice(), (torch.randn(2, 6),)).program, "up.weight")
+    assert kept_count(group, 6.0, 4) == 8
+
+
+# the report ---------------------------------------------------------------------------------------------------------
+def test_every_group_has_a_remark_of_its_own():
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.a, self.b = nn.Linear(6, 32), nn.Linear(16, 4), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = torch.relu(self.c(x)).chunk(2, -1)
+            return self.a(torch.tanh(a)) * self.b(torch.sin(b))
+
+    driver = prepared(Halves(), (torch.randn(3, 6),))
+    row = driver.run(PruneUnits(keep=0.5, multiple=1))
+    assert row.matches == 2
+    assert [each.what for each in remarks(driver)] == [
+        "8 of 16 units of c.weight[0] were removed (neuron, the first at 0)",
+        "8 of 16 units of c.weight[0] were removed (neuron, the first at 16)",
+    ]
