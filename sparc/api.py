@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sparc import codes, evidence
-from sparc.analysis.sites import Site, find_sites
+from sparc.analysis.sites import find_sites
 from sparc.artifact import Artifact, load_artifact
 from sparc.cache import fit
 from sparc.capture import Dynamic, capture, merge
@@ -26,7 +26,7 @@ from sparc.program import Program
 from sparc.recipe import Recipe, Step, resolve_recipe
 from sparc.registry import Registry
 from sparc.samples import Data, make_samples
-from sparc.selector import assign, claimants
+from sparc.selector import Selectable, assign, claimants
 from sparc.signature import bind_examples
 from sparc.target import Emission, EmitContext, Estimating, Target
 
@@ -301,10 +301,10 @@ def run_steps(driver: Driver, recipe: Recipe, legalizations: Iterable[Pass] = ()
     return plain, baseline
 
 
-def _claims(recipe: Recipe, claimed: dict[str, set[int]], step: int, site: Site) -> bool:
-    if site.weight not in claimed:
-        claimed[site.weight] = claimants(recipe.steps, site)
-    return step in claimed[site.weight]
+def _claims(recipe: Recipe, claimed: dict[str, set[int]], step: int, weight: Selectable) -> bool:
+    if weight.weight not in claimed:
+        claimed[weight.weight] = claimants(recipe.steps, weight)
+    return step in claimed[weight.weight]
 
 
 def _given(model: Model, examples: Any, task: str | None, dynamic: Dynamic | None, data: Data) -> Task:

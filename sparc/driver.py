@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from sparc import codes
-from sparc.analysis.sites import Site
 from sparc.analysis.values import tensor_type
 from sparc.calibration import Calibration
 from sparc.contract import Approximate, Bounded, Exact
@@ -20,6 +19,7 @@ from sparc.memory import trim
 from sparc.pass_base import Pass, PassContext, Rewrite, Samples, Stage
 from sparc.program import Program, location
 from sparc.samples import fit_samples
+from sparc.selector import Selectable
 from sparc.verify import (
     WIDE_TOLERANCE,
     check_region,
@@ -32,7 +32,7 @@ from sparc.verify import (
     sample,
 )
 
-Claims = Callable[[Site], bool]
+Claims = Callable[[Selectable], bool]
 _ROUNDED_TOLERANCE = 1e-6  # of float64 runs with weights that were rounded to float32
 VERIFY_LEVELS = ("types", "sample", "full")
 
@@ -66,7 +66,7 @@ class Driver:
         Args:
             step: the pass.
             where: its selector, for the ledger.
-            claims: whether the selector claims a site; every site by default.
+            claims: whether the selector claims a weight; every one by default.
             remarks: keep what the pass says of candidates it leaves alone.
 
         Raises:

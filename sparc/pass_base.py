@@ -16,6 +16,7 @@ from sparc.encoding.base import Encoding, options_text
 from sparc.ledger import SkipRow
 from sparc.options import check_options
 from sparc.program import Program, location
+from sparc.selector import Selectable
 
 
 class Stage(IntEnum):
@@ -115,7 +116,7 @@ class PassContext:
 
     Args:
         diagnostics: where remarks go.
-        claims: whether a site is claimed by this step's selector.
+        claims: whether a weight is claimed by this step's selector: a site, or what a pass offers besides.
         statistics: `statistics(node, kind)` gives what was measured on a node's value; None when there is no data.
         limit: stop after so many edits (the driver bisects with it).
         block: only sites whose last use is in this block may be edited; None for all.
@@ -134,7 +135,7 @@ class PassContext:
         self,
         diagnostics: Diagnostics | None = None,
         *,
-        claims: Callable[[Site], bool] | None = None,
+        claims: Callable[[Selectable], bool] | None = None,
         statistics: Callable[[fx.Node, str], Any] | None = None,
         limit: int | None = None,
         block: int | None = None,
@@ -170,9 +171,9 @@ class PassContext:
             for other in others:
                 self.skip(other.weight, other.why, other.where)
 
-    def selects(self, site: Site) -> bool:
-        """Whether the step's selector claims the site."""
-        return self._claims is None or self._claims(site)
+    def selects(self, weight: Selectable) -> bool:
+        """Whether the step's selector claims a site, or another weight."""
+        return self._claims is None or self._claims(weight)
 
     def edit(self) -> bool:
         """Ask before each edit: False once the limit is reached, and then the pass leaves the candidate alone,

@@ -132,8 +132,11 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def stacks_of(program: Program, context: PassContext) -> list[Repeats]:
-    """The repeated blocks of a program of one entry; a program of several is skipped with its reason."""
+    """The repeated blocks of a program of one entry; one of several, or without any, is skipped with its reason."""
     stacks = find_repeats(program.graph)
+    if not stacks:
+        why = "no repeated block was found: no neighbours compute the same with weights of equal shapes"
+        context.skip("the program", why)
     if stacks and len(program.entries) > 1:
         why = "every entry of a program would have to lose the same blocks, and there are several"
         context.skip(stacks[0].repetitions[0].result, why)

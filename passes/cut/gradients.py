@@ -68,7 +68,7 @@ def _losses(
 ) -> Iterator[Tensor]:
     if loss == PROJECTION:
         inner = {slot.output for slot in entry.cache.slots} if entry.cache is not None else set()
-        values = [value for name, value in outputs.items() if name not in inner and _has_gradient(value)]
+        values = [value for name, value in outputs.items() if name not in inner and _is_smooth(value)]
         for _ in range(PROBES if values else 0):
             yield sum(((each * _normal(each, generator)).sum().float() for each in values), torch.zeros(()))
     elif loss == NEXT_TOKEN:
@@ -99,8 +99,9 @@ def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, 
     return F.cross_entropy(logits[:, predicts].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 
-def _has_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+def _is_smooth(value: Any) -> bool:
+    """Whether a value is a number that could have a gradient: one without any is a loss that no weight reaches."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.requires_grad)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

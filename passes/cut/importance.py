@@ -6,12 +6,13 @@ statistics say nothing of it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sparc.analysis.axes import leaves
+from sparc.analysis.axes import Axis, extent, leaves
 from sparc.analysis.coupling import Contraction
 from sparc.analysis.dependency import Group, Member
 from sparc.pattern import normalized_arguments
@@ -52,30 +53,60 @@ def per_unit(values: Tensor, member: Member) -> Tensor:
     return totals[member.index.flatten()].reshape(member.index.shape).sum(1)
 
 
-def magnitude(program: Program, group: Group) -> Tensor:
-    """`I_k = mean over members of sum |w|^2` (group norm, Fang et al. 2023, equation 6), `[units]` float64."""
+def magnitude(program: Program, group: Group) -> Tensor | str:
+    """`I_k = mean over members of sum |w|^2` (group norm, Fang et al. 2023, equation 6), `[units]` float64; or why
+    there is none.
+    """
     members = scored_members(program, group)
     each = [per_unit(program.weights[member.weight].double().abs() ** POWER, member) for member in members]
-    return torch.stack(each).mean(0)
+    return torch.stack(each).mean(0) if each else "no matrix, filter or gain says what they are worth"
 
 
 # activations ---------------------------------------------------------------------------------------------------------
-def readers(group: Group) -> Iterator[tuple[Contraction, fx.Node, int]]:
-    """The products of a weight with the group's channels: the product, what it reads, and that value's axis, counted
-    from the end. A value whose channels lie along several of its axes is left out.
+@dataclass(frozen=True)
+class Reader:
+    """A product of a weight with a group's channels.
+
+    Args:
+        product: the operator, and what it sums over.
+        weight: the name of the weight whose columns meet the channels.
+        place: which of its axes these are.
+        value: what is multiplied with it.
+        axis: the value's axis, counted from the end.
+        groups: how many parts of the value's axis a convolution sums by themselves, each with its part of the weight's
+            first axis.
     """
-    for reader in group.contractions:
-        if reader.weight is None:
+
+    product: Contraction
+    weight: str
+    place: int
+    value: fx.Node
+    axis: int
+    groups: int = 1
+
+    @property
+    def columns(self) -> Axis:
+        """What is summed over."""
+        return self.product.axis
+
+
+def readers(group: Group) -> Iterator[Reader]:
+    """The products of a weight with the group's channels. One whose channels lie along several of a value's axes is
+    left out.
+    """
+    for product in group.contractions:
+        if product.weight is None:
             continue
-        state, weight = group.coupling, reader.weight[0]
-        wanted = list(leaves(reader.axis))
-        for value in reader.operands:
-            if value is weight:
+        node, place = product.weight
+        count = int(normalized_arguments(product.node).get("groups") or 1)  # type: ignore[arg-type]
+        wanted = list(leaves(product.axis))
+        for value in product.operands:
+            if value is node:
                 continue
-            axes = state.of(value)
-            places = [place for place, axis in enumerate(axes) if list(leaves(axis)) == wanted]
+            found = [list(leaves(axis)) for axis in group.coupling.of(value)]
+            places = [at for at, each in enumerate(found) if (each if count == 1 else each[-len(wanted) :]) == wanted]
             if len(places) == 1:
-                yield reader, value, places[0] - len(axes)
+                yield Reader(product, str(node.target), place, value, places[0] - len(found), count)
 
 
 def statistic_kind(name: str, axis: int) -> str:
@@ -91,7 +122,7 @@ def counted(group: Group) -> list[fx.Node]:
 
 def activation_watches(group: Group) -> Iterator[tuple[fx.Node, str]]:
     """The statistics that `activation` wants, as (node, kind)."""
-    yield from ((value, statistic_kind("moments", axis)) for _, value, axis in readers(group))
+    yield from ((each.value, statistic_kind("moments", each.axis)) for each in readers(group))
     yield from ((node, "moments") for node in counted(group))
 
 
@@ -111,20 +142,23 @@ def activation(program: Program, group: Group, statistics: Statistics) -> Tensor
         return torch.stack(rows).sum(0) if rows else "no calibration data reached its router"
     columns = {(member.weight, member.axis): member for member in group.members}
     found = []
-    for reader, value, axis in readers(group):
-        moments = statistics(value, statistic_kind("moments", axis))
-        assert reader.weight is not None
-        weight, member = program.weights[str(reader.weight[0].target)], columns[_key(reader)]
-        place = member.axis
-        if moments is not None and len(moments[1]) == weight.shape[place]:
-            square = moments[1].reshape(-1, *[1] * (weight.ndim - 1 - place))
-            found.append(per_unit(weight.double().square() * square, member))
+    for reader in readers(group):
+        moments = statistics(reader.value, statistic_kind("moments", reader.axis))
+        if moments is not None and len(moments[1]) == reader.groups * extent(reader.columns):
+            square = _parts(program.weights[reader.weight], reader).double().square()
+            scaled = square * _along(moments[1].reshape(reader.groups, -1), square, reader)
+            found.append(per_unit(scaled.flatten(0, 1), columns[reader.weight, reader.place]))
     return torch.stack(found).mean(0) if found else "no product with data reads its units alone"
 
 
-def _key(reader: Contraction) -> tuple[str, int]:
-    assert reader.weight is not None
-    return str(reader.weight[0].target), reader.weight[1]
+def _parts(weight: Tensor, reader: Reader) -> Tensor:
+    """`[groups, ...]`: the parts of a weight that are multiplied with one part of the value each."""
+    return weight.unflatten(0, (reader.groups, -1))
+
+
+def _along(values: Tensor, parts: Tensor, reader: Reader) -> Tensor:
+    """`[groups, columns]` as a factor of every part's columns."""
+    return values.reshape(reader.groups, *[-1 if at == reader.place else 1 for at in range(parts.ndim - 1)])
 
 
 # gradients -----------------------------------------------------------------------------------------------------------

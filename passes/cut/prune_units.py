@@ -9,11 +9,11 @@ from torch import Tensor, fx
 
 from sparc import codes
 from sparc.analysis.coupling_rules import KERNEL_POSITION
-from sparc.analysis.dependency import KINDS, Group, groups
-from sparc.analysis.sites import find_sites
+from sparc.analysis.dependency import KINDS, Group
 from sparc.contract import Approximate
 from sparc.diag import PassError
 from sparc.pass_base import Pass, PassContext, Stage
+from sparc.passes.cut.claims import are_kernel_positions, claimed_groups, described
 from sparc.passes.cut.gradients import PROJECTION, gradients
 from sparc.passes.cut.importance import (
     activation,
@@ -25,7 +25,7 @@ from sparc.passes.cut.importance import (
     taylor,
 )
 from sparc.passes.cut.refit import gram_watches, refit
-from sparc.passes.cut.select import choose
+from sparc.passes.cut.select import choose, rivals
 from sparc.passes.cut.slice import cut_groups
 from sparc.program import Program, location
 
@@ -38,10 +38,13 @@ class PruneUnits(Pass):
     """The least important units of dependency groups are removed: rows, columns, filters, heads, experts and all.
 
     A group (`sparc.analysis.dependency`) is what can only be removed together, found from the operators alone
-    (DepGraph, Fang et al. 2023). A step's selector claims a group when it selects a weight among its members. What is
+    (DepGraph, Fang et al. 2023). A step's selector claims a group when it selects a matrix among its members. What is
     left is an ordinary smaller program, which computes what the program with zeros in place of the removed weights
     does. So units that a norm or a softmax takes a statistic of are left alone, with the reason; but for experts, of
     which a removed one counts as never chosen.
+
+    Of groups that are factors of one axis a step cuts one, so that `keep` is the part of the axis: of the kind that
+    comes first in `kinds`, and of one kind the inner one (a grouped convolution's channels, not its groups).
 
     Args:
         kinds: which units: `neuron`, `channel`, `head` (with grouped queries: a head of keys and values with its
@@ -118,36 +121,38 @@ class PruneUnits(Pass):
         for group, score in zip(candidates, self._scores(program, context, candidates), strict=True):
             if isinstance(score, str) or not bool(torch.isfinite(score).all()):
                 why = score if isinstance(score, str) else "their importance is not a number"
-                context.skip(group.name, f"its units stay ({group.kind}): {why}")
+                self._skip(context, group, why)
             else:
                 scores[group] = score
+        for group, rival in rivals(scores, self.kinds).items():
+            del scores[group]
+            self._skip(context, group, f"one axis is cut once, here along {rival.name} ({described(rival)})")
         chosen = choose(scores, self.keep, self.ranking, self.multiple)
         if self.keep < 1:
             for group in [group for group in scores if group not in chosen]:
-                context.skip(
-                    group.name, f"its {group.units} units stay ({group.kind}): the nearest allowed number is all"
-                )
+                self._skip(context, group, "the nearest allowed number is all", f"{group.units} units")
         kept = {group: units for group, units in chosen.items() if context.edit()}
         if not kept:
             return
+        refitted: set[Group] = set()
         if self.compensate:
             assert context.statistics is not None
-            refit(program, kept, context.statistics, context.skip)
+            refitted = refit(program, kept, context.statistics, context.skip)
         for group, units in kept.items():
-            self._note(context, group, units)
+            self._note(context, group, units, group in refitted)
         cut_groups(program, kept)
 
     def _candidates(self, program: Program, context: PassContext, silent: bool = False) -> Iterator[Group]:
-        claimed = {site.weight for site in find_sites(program)[0] if context.selects(site)}
-        for group in groups(program):
-            ours = group.kind in self.kinds and any(member.weight in claimed for member in group.members)
-            if not ours or group.units < 2:
+        for group in claimed_groups(program, context):
+            if group.kind not in self.kinds:
                 continue
             why = group.frozen or (group.statistic if group.kind != "expert" else "")
             if not why:
                 yield group
             elif not silent and why != KERNEL_POSITION:
-                context.skip(group.name, f"its units stay ({group.kind}): {why}")
+                self._skip(context, group, why)
+            elif not silent and not are_kernel_positions(program, group):
+                self._skip(context, group, "a convolution moves along them")
 
     def _scores(self, program: Program, context: PassContext, found: list[Group]) -> list[Tensor | str]:
         """For each group the importance of its units, `[units]` float64, or why there is none."""
@@ -162,9 +167,12 @@ class PruneUnits(Pass):
         slopes = gradients(program, names, context.calibration, self.loss) if names else iter(())
         return from_gradients(program, found, slopes, taylor if self.importance == "taylor" else fisher)
 
-    def _note(self, context: PassContext, group: Group, units: Tensor) -> None:
+    def _skip(self, context: PassContext, group: Group, why: str, units: str = "units") -> None:
+        context.skip(group.name, f"its {units} stay ({described(group)}): {why}")
+
+    def _note(self, context: PassContext, group: Group, units: Tensor, refitted: bool) -> None:
         where = location(group.contractions[0].node if group.contractions else group.values[0][0])
         gone = group.units - len(units)
-        what = f"{gone} of {group.units} units of {group.name} were removed ({group.kind})"
-        why = f"by {self.importance}" + (", and what reads them was refitted" if self.compensate else "")
+        what = f"{gone} of {group.units} units of {group.name} were removed ({described(group)})"
+        why = f"by {self.importance}" + (", and what reads them was refitted" if refitted else "")
         context.diagnostics.remark(codes.UNITS_PRUNED, what, where=where, why=why)

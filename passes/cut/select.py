@@ -1,23 +1,58 @@
 """Which units of dependency groups stay: so many of each group, or so many of all, those of greatest importance."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from sparc.analysis.axes import positions
 from sparc.analysis.dependency import Group
+from sparc.passes.cut.importance import readers
+
+
+def rivals(found: Iterable[Group], kinds: Sequence[str]) -> dict[Group, Group]:
+    """Groups that stay since units of another one lie at the same places of a weight, with that one.
+
+    Both are factors of one axis, such as the groups of a convolution and the channels in each: if both were cut, the
+    part of the axis that is left would be the product of two.
+
+    Args:
+        found: the groups.
+        kinds: units of a kind that comes first go first; of one kind the inner ones.
+    """
+    cut: dict[tuple[str, int], list[tuple[Group, Tensor]]] = {}
+    left: dict[Group, Group] = {}
+    for group in sorted(found, key=lambda each: (kinds.index(each.kind), _stride(each))):
+        taken = ((member, *each) for member in group.members for each in cut.get((member.weight, member.axis), ()))
+        rival = next((other for member, other, index in taken if bool(torch.isin(member.index, index).any())), None)
+        if rival is not None:
+            left[group] = rival
+            continue
+        for member in group.members:
+            cut.setdefault((member.weight, member.axis), []).append((group, member.index))
+    return left
+
+
+def _stride(group: Group) -> int:
+    """How far apart two units are: less for inner ones."""
+    return max(int(member.index[1, 0] - member.index[0, 0]) for member in group.members)
 
 
 def rounding_step(group: Group, multiple: int) -> int:
     """How many units are removed at a time, so that what products read is a multiple of so many channels wide.
 
-    A head of 64 channels is a multiple of 8 by itself; experts are no channels.
+    A head of 64 channels is a multiple of 8 by itself, and so is a channel in each of 8 groups of a convolution;
+    experts are no channels.
     """
     if group.kind == "expert":
         return 1
-    widths = [member.index.shape[1] for member in group.members if member.read] or [1]
-    return multiple // math.gcd(multiple, min(widths))
+    widths = {(member.weight, member.axis): member.index.shape[1] for member in group.members if member.read}
+    for reader in readers(group):
+        places = positions(group.coupling.of(reader.value)[reader.axis], group.channels)
+        assert places is not None  # only channels that are coupled with themselves have none
+        widths[reader.weight, reader.place] = places.shape[1]
+    return math.lcm(*(multiple // math.gcd(multiple, width) for width in widths.values() or [1]))
 
 
 def kept_count(group: Group, wanted: float, multiple: int) -> int:

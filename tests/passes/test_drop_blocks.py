@@ -211,8 +211,33 @@ def test_several_entries():
     assert "every entry" in row.skips[0].why
 
 
+def test_without_repetitions_that_is_said():
+    for step in (DropBlocks(1), DropBlocks(1, "angular")):
+        _, row, _ = run(decoder(1.0), step)
+        assert [skip.where for skip in row.skips] == ["the program"]
+        assert "no repeated block was found" in row.skips[0].why
+
+
+def test_layers_of_different_widths_are_no_repetitions():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), *[Residual(width) for width in (4, 6, 8)]).eval()
+    assert "no repeated block was found" in run(model, DropBlocks(1), torch.randn(5, 8))[1].skips[0].why
+
+
+class Residual(nn.Module):
+    """`x + down(relu(up(x)))`."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, width), nn.Linear(width, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
 def test_nothing_by_default_and_not_without_data():
-    assert not run(decoder(1.0, 1.0), DropBlocks())[1].changed
+    row = run(decoder(1.0, 1.0), DropBlocks())[1]
+    assert (row.changed, row.skips) == (0, [])
     with pytest.raises(PassError, match="SPARC208"):
         Driver(capture(decoder(1.0, 1.0), (IDS,)), Samples({"forward": [[IDS]]})).run(DropBlocks(1))
 

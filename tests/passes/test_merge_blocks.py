@@ -155,6 +155,14 @@ def test_equal_layers_that_do_nothing_merge_exactly():
     assert row.bytes_after < row.bytes_before
 
 
+def test_after_a_merger_into_one_nothing_repeats():
+    _, row, driver = run(decoder(2), MergeBlocks(size=2, threshold=-1.0))
+    assert (row.matches, row.skips) == (1, [])
+    row = driver.run(MergeBlocks(size=2, threshold=-1.0))
+    assert row.matches == 0
+    assert "no repeated block was found" in row.skips[0].why
+
+
 def test_unlike_layers_stay():
     _, row, _ = run(decoder(4), MergeBlocks(size=2, threshold=1.0))
     assert not row.changed

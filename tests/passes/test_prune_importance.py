@@ -150,6 +150,36 @@ def test_a_loss_that_does_not_exist_is_refused():
             driver.run(PruneUnits(importance="taylor", loss=loss))
 
 
+@pytest.mark.parametrize("importance", ["taylor", "hessian"])
+def test_outputs_without_a_gradient_score_nothing(importance):
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chosen, self.table = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)), nn.Embedding(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table(self.chosen(x).argmax(-1))
+
+    row = prepared(Looked(), (torch.randn(3, 6),)).run(PruneUnits(keep=0.5, importance=importance))
+    assert row.matches == 0
+    assert ("chosen.0.weight[0]", "its units stay (neuron): no gradient of the loss reaches it") in [
+        (skip.where, skip.why) for skip in row.skips
+    ]
+
+
+def test_without_a_floating_output_there_is_no_projection():
+    class Numbers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chosen = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.chosen(x).argmax(-1)
+
+    with pytest.raises(PassError, match=r"SPARC209.*has no loss 'projection'"):
+        prepared(Numbers(), (torch.randn(3, 6),)).run(PruneUnits(importance="taylor"))
+
+
 def test_what_no_gradient_reaches_has_no_score():
     _, driver = gated()
     program: Program = driver.program
