@@ -1,6 +1,7 @@
 """Cutting: zero weights and no weights compute the same, sizes follow, and what cannot be cut is refused."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -250,6 +251,55 @@ def test_other_sizes_run_after_a_cut(name: str) -> None:
         inputs = built.resized(dict.fromkeys(names, 3))
         sliced.run_flat(sliced.main.signature.bind((), inputs))
         assert [str(group) for group in groups(program)] == [str(group) for group in groups(program.clone())]
+
+
+class Image(nn.Module):
+    """Something between two convolutions of images whose sizes vary."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.first, self.between, self.last = nn.Conv2d(3, 6, 3, padding=1), between, nn.Conv2d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(torch.relu(self.first(x))))
+
+
+def varying_image(between: Any) -> tuple[Program, Tensor]:
+    torch.manual_seed(0)
+    program = canonical(Image(between), (torch.randn(2, 3, 8, 8),), {"x": {0: "b", 2: "h", 3: "w"}})
+    return program, torch.randn(3, 3, 12, 10)
+
+
+def halved(x: Tensor, mode: str) -> Tensor:
+    return x + nn.functional.interpolate(nn.functional.max_pool2d(x, 2), size=x.shape[-2:], mode=mode)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Upsample(scale_factor=2),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Upsample(scale_factor=2, mode="bicubic"),
+        lambda x: halved(x, "nearest"),
+        lambda x: halved(x, "bilinear"),
+        nn.Conv2d(6, 6, 4, padding="same"),
+        lambda x: nn.functional.pad(x, (1, 2, 0, 1)),
+        lambda x: nn.functional.pad(x, (1, 2, 0, 1), mode="reflect"),
+    ],
+)
+def test_sizes_that_vary_still_vary_after_a_cut(between: Any) -> None:
+    program, x = varying_image(between)
+    assert check_every_group(program, [x])
+    sizes = program.main.placeholders[0].meta["val"].shape
+    assert [isinstance(size, int) for size in sizes] == [False, True, False, False]
+
+
+def test_a_size_that_typing_fixes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparc.program.enable_python_dispatcher", nullcontext)
+    program, _ = varying_image(nn.Upsample(scale_factor=2))
+    with pytest.raises(PassError, match=r"SPARC207.*upsample_nearest2d after a cut fixes the size 'b' to 2"):
+        cut(program, groups(program)[cuttable(program)[0]], [0, 2, 3])
 
 
 def test_what_cannot_be_cut_is_refused() -> None:
