@@ -124,6 +124,10 @@ def _touches(axis: Axis, kept: Kept) -> bool:
     return any(leaf in kept for leaf in leaves(axis))
 
 
+def _changes(argument: SizeArgument, kept: Kept) -> bool:
+    return _touches(argument.axis, kept) or (argument.within is not None and _touches(argument.within, kept))
+
+
 def _slice_weight(program: Program, name: str, axes: Sequence[Axis], kept: Kept) -> None:
     old = weight = program.weights[name]
     for place, axis in enumerate(axes):
@@ -135,7 +139,7 @@ def _slice_weight(program: Program, name: str, axes: Sequence[Axis], kept: Kept)
 
 def _sizes_by_node(state: Coupling, kept: Kept) -> dict[fx.Node, list[SizeArgument]]:
     """The size arguments of every node that has one which changes."""
-    touched = {each.node for each in state.sizes if _touches(each.axis, kept)}
+    touched = {each.node for each in state.sizes if _changes(each, kept)}
     found: dict[fx.Node, list[SizeArgument]] = {}
     for each in state.sizes:
         if each.node in touched:
@@ -151,7 +155,7 @@ def _rewrite_sizes(node: fx.Node, arguments: list[SizeArgument], kept: Kept) -> 
         node.args, node.kwargs = (given["self"], sizes, given["dim"]), {}
         return
     for each in arguments:
-        if not _touches(each.axis, kept):
+        if not _changes(each, kept):
             continue
         old = normalized_arguments(node)[each.name]
         if each.index is None:

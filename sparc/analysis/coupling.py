@@ -1,8 +1,8 @@
 """What the rules of operators write down: the axes of every value and weight, unified where channels are coupled.
 
 A rule is a function from the state, a node and its arguments by name to the axes of the node's result (for several
-results, a list of them). The tables of rules are in `coupling_layout` (operators that move data) and `coupling_rules`
-(those that compute).
+results, a list of them). The tables of rules are in `coupling_layout` (operators that move data), `coupling_positions`
+(those to which positions matter) and `coupling_rules` (those that compute).
 """
 
 from collections.abc import Callable, Iterable
@@ -28,6 +28,8 @@ class SizeArgument:
         index: its place in a list of sizes; None for a single number.
         axis: the axis whose size it is.
         offset: what is added to the size.
+        within: the axis from whose end it is counted in the program, where it is: a size that any of its channels
+            changes.
     """
 
     node: fx.Node
@@ -35,6 +37,7 @@ class SizeArgument:
     index: int | None
     axis: Axis
     offset: int = 0
+    within: Axis | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,11 @@ class Coupling:
         freeze(axis, why)
         return axis
 
-    def size(self, node: fx.Node, name: str, index: int | None, axis: Axis, offset: int = 0) -> None:
-        """Note that an argument is the size of an axis, plus an offset."""
-        self.sizes.append(SizeArgument(node, name, index, axis, offset))
+    def size(
+        self, node: fx.Node, name: str, index: int | None, axis: Axis, offset: int = 0, within: Axis | None = None
+    ) -> None:
+        """Note that an argument is the size of an axis; see `SizeArgument`."""
+        self.sizes.append(SizeArgument(node, name, index, axis, offset, within))
 
     def contract(self, node: fx.Node, a: tuple[Any, int], b: tuple[Any, int]) -> None:
         """Products of two operands, each with the place of its axis, are summed over that axis."""
@@ -141,7 +146,7 @@ class Coupling:
         own = {id(leaf) for axis in self.of(value) for leaf in leaves(axis)}
         if not any(id(leaf) in own for leaf in leaves(of)):
             return False
-        name = str(getattr(value.target, "_opname", value.target))
+        name = name_of(value)
         if is_weight(value) or value.op == "placeholder" or name in _WRITERS:  # the one that varies is the cache
             return True
         if name == "mul":
@@ -168,6 +173,16 @@ _ZERO_AT_ZERO = _MOVED | {
     *("relu", "relu6", "leaky_relu", "silu", "gelu", "tanh", "neg", "abs", "hardswish", "mish", "div", "elu", "selu"),
     *("sqrt", "square", "pow", "sin", "erf", "log1p", "expm1"),
 }
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of a node's operator, without its overload."""
+    return str(getattr(node.target, "_opname", node.target))
+
+
+def place_of(axis: int, rank: int) -> int:
+    """The place of an axis, counted from the front."""
+    return axis % rank if rank else 0
 
 
 def _together(a: Axis, b: Axis) -> Axis:
