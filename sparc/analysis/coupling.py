@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sparc.analysis.axes import Axis, channels, extent, freeze, leaves, unify
+from sparc.analysis.axes import Axis, channels, extent, freeze, unify
 from sparc.program import Program, is_weight
 
 Axes = tuple[Axis, ...]
@@ -138,41 +138,6 @@ class Coupling:
             for place in range(1, len(axes) + 1 - max(missing, 0)):
                 result[-place] = _together(result[-place], axes[-place])
         return tuple(result)
-
-    def vanishes(self, value: Any, of: Axis) -> bool:
-        """Whether a value is zero at the channels of an axis whose weights are all zero."""
-        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
-            return False
-        own = {id(leaf) for axis in self.of(value) for leaf in leaves(axis)}
-        if not any(id(leaf) in own for leaf in leaves(of)):
-            return False
-        name = name_of(value)
-        if is_weight(value) or value.op == "placeholder" or name in _WRITERS:  # the one that varies is the cache
-            return True
-        if name == "mul":
-            return any(self.vanishes(used, of) for used in value.args)
-        if name == "getitem":
-            return self.vanishes(value.args[0].args[0], of)  # type: ignore[union-attr]
-        if name == "cat":
-            return all(self.vanishes(used, of) for used in value.args[0])  # type: ignore[union-attr]
-        if name in _ADDED:
-            return all(self.vanishes(used, of) for used in value.args[:2])
-        return name in _ZERO_AT_ZERO and self.vanishes(value.args[0], of)
-
-
-_WRITERS = frozenset(
-    {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding"}
-    | {"layer_norm", "rms_norm", "group_norm", "batch_norm"}
-)
-_ADDED = frozenset({"add", "sub", "maximum", "minimum"})
-_MOVED = frozenset(
-    {"reshape", "view", "flatten", "unflatten", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "clone"}
-    | {"slice", "select", "repeat", "repeat_interleave", "contiguous", "dropout", "to", "alias", "detach"}
-)
-_ZERO_AT_ZERO = _MOVED | {
-    *("relu", "relu6", "leaky_relu", "silu", "gelu", "tanh", "neg", "abs", "hardswish", "mish", "div", "elu", "selu"),
-    *("sqrt", "square", "pow", "sin", "erf", "log1p", "expm1"),
-}
 
 
 def name_of(node: fx.Node) -> str:

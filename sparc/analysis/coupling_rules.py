@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from sparc.analysis.axes import ONE, Axis, Product, channels, concrete, divide, extent, freeze, mark, unify
+from sparc.analysis.axes import ONE, Axis, Product, channels, concrete, divide, extent, freeze, leaves, mark, unify
 from sparc.analysis.coupling import Axes, Contraction, Coupling, Rule, name_of, place_of
 from sparc.analysis.coupling_layout import LAYOUT
 from sparc.analysis.mixtures import routing
+from sparc.analysis.zeros import vanishes
 
 KERNEL_POSITION = "it is a kernel's position"
 
@@ -29,9 +30,10 @@ def _inverse(at: int) -> Rule:
     def rule(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
         divisor = node.args[at] if len(node.args) > at else None
         power = node.args[1] if name_of(node) == "pow" else -1
-        for axis in state.of(divisor):
-            if not (isinstance(power, (int, float)) and power > 0) and state.vanishes(divisor, axis):
-                mark(axis, f"{name_of(node)} is not finite at zero")
+        safe = isinstance(power, (int, float)) and power > 0
+        for leaf in () if safe else [leaf for axis in state.of(divisor) for leaf in leaves(axis)]:
+            if vanishes(state, divisor, leaf):
+                mark(leaf, f"{name_of(node)} is not finite at zero")
         return _elementwise(state, node, given)
 
     return rule

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparc.analysis.dependency import Group
+from sparc.analysis.dependency import Group, groups
 from sparc.capture import capture
 from sparc.passes.grow.widen import widen
 from sparc.verify import relative_error
@@ -60,3 +60,49 @@ def test_what_grows_is_read_to_its_new_end(every: slice) -> None:
     x = torch.randn(3, 6)
     program = capture(Model(lambda m, x: m.b(m.a(x)[:, every]), a=nn.Linear(6, 24), b=nn.Linear(24, 4)), (x,))
     assert relative_error(program.run(x), widen(program, "a", 48).run(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("function", "layers", "size"),
+    [
+        (lambda m, x: torch.relu(m.over(m.a(x).transpose(1, 2))).sum(1), {"over": nn.Linear(6, 5)}, 12),
+        (lambda m, x: m.over(m.a(x).permute(2, 1, 0)).sum(0), {"over": nn.Conv1d(6, 5, 1)}, 12),
+        (lambda m, x: m.over(m.a(x).transpose(1, 2)).sum(1), {"over": nn.LayerNorm(6)}, 12),
+        (lambda m, x: attended(m, m.a(x).repeat_interleave(2, -1)), {"out": nn.Linear(24, 4)}, 2),
+        (lambda m, x: attended(m, m.a(x).repeat(1, 1, 2)), {"out": nn.Linear(24, 4)}, 2),
+        (lambda m, x: torch.cat([m.a(x), m.b(x).exp()], -1).sum(-1), {"b": nn.Linear(8, 4)}, 4),
+    ],
+)
+def test_what_is_no_zero_at_zero_weights_is_told(function: Any, layers: dict[str, nn.Module], size: int) -> None:
+    """One factor of an axis may be zero where another is not, and a bias makes more than zeros of zeros."""
+    torch.manual_seed(0)
+    for layer in layers.values():
+        nn.init.normal_(layer.bias)
+    program = capture(Model(function, a=nn.Linear(8, 12), **layers).eval(), (torch.randn(2, 6, 8),))
+    (told,) = (group for group in groups(program) if "summed over" in group.statistic)
+    assert told.units == size
+    assert not told.frozen
+
+
+def attended(m: Any, x: Tensor) -> Tensor:
+    return m.out(nn.functional.scaled_dot_product_attention(x, x, x))
+
+
+@pytest.mark.parametrize(
+    ("function", "layers"),
+    [
+        (lambda m, x: m.over(m.a(x).transpose(1, 2)).sum(1), {"over": nn.Linear(6, 5, bias=False)}),
+        (lambda m, x: scores(*m.a(x).chunk(2, -1)), {}),
+        (lambda m, x: scores(*m.a(x).split([12, 12], -1)), {}),
+        (lambda m, x: scores(torch.tanh(m.a(x)), m.b(x).sigmoid()), {"b": nn.Linear(8, 24)}),
+        (lambda m, x: scores(torch.cat([m.a(x), m.b(x)], -1), torch.cat([m.b(x), m.a(x).exp()], -1)),
+         {"b": nn.Linear(8, 24)}),
+    ],
+)  # fmt: skip
+def test_what_is_zero_at_zero_weights_is_free(function: Any, layers: dict[str, nn.Module]) -> None:
+    free = check(function, torch.randn(2, 6, 8), a=nn.Linear(8, 24), **layers)
+    assert any(member.weight == "a.weight" and member.axis == 0 for group in free for member in group.members)
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(1, 2)
