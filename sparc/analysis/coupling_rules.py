@@ -75,7 +75,6 @@ def _matmul(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes | Non
         return None
     state.contract(node, (a, len(first) - 1), (b, len(second) - 2))
     batch = state.broadcast([first[:-2], second[:-2]])
-    state.hints += [(axis, "head") for axis in batch]
     return (*batch, first[-2], second[-1])
 
 

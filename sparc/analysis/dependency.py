@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from sparc.analysis.axes import Axis, Channels, freeze, leaves, mark, positions, repeats, unify
 from sparc.analysis.coupling import Contraction, Coupling
 from sparc.analysis.coupling_rules import rule_of
+from sparc.analysis.written_attention import hint_products
 from sparc.analysis.zeros import vanishes
 from sparc.pattern import normalized_arguments
 from sparc.program import Entry, Program
@@ -96,6 +97,7 @@ def couple(program: Program) -> Coupling:
         if contraction.weight is None:
             _mark_summed(state, contraction)
     _close_computed_sizes(state)
+    hint_products(state)
     return state
 
 
