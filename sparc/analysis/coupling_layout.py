@@ -5,7 +5,20 @@ from typing import Any
 
 from torch import fx
 
-from sparc.analysis.axes import ONE, Axis, Product, Sum, channels, concrete, extent, factor, freeze, split, unify
+from sparc.analysis.axes import (
+    ONE,
+    Axis,
+    Product,
+    Sum,
+    channels,
+    concrete,
+    divide,
+    extent,
+    factor,
+    freeze,
+    split,
+    unify,
+)
 from sparc.analysis.coupling import Axes, Coupling, Rule, name_of, place_of
 from sparc.analysis.coupling_positions import POSITIONS, mixed
 from sparc.analysis.values import same_size, shape_of
@@ -143,6 +156,22 @@ def _pixel_shuffle(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axe
     return (*axes[:-3], pieces[0], *mixed(state, node, axes[-2:], 2))
 
 
+def _pixel_unshuffle(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
+    axes = state.of(given["self"])
+    inner = channels(given["downscale_factor"] ** 2, "they were positions (pixel_unshuffle)")
+    return (*axes[:-3], Product((axes[-3], inner)), *mixed(state, node, axes[-2:], 2))
+
+
+def _channel_shuffle(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes | None:
+    """Groups of channels become channels of groups."""
+    axes = state.of(given["self"])
+    pieces = factor(axes[1], divide(extent(axes[1]), given["groups"]))
+    if pieces is None:
+        return None
+    state.size(node, "groups", None, pieces[0])
+    return (axes[0], Product((pieces[1], pieces[0])), *axes[2:])
+
+
 # joining and splitting -----------------------------------------------------------------------------------------------
 def _cat(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     parts = [state.of(each) for each in given["tensors"]]
@@ -252,6 +281,8 @@ LAYOUT: dict[str, Rule] = {
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
     "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle,
+    "channel_shuffle": _channel_shuffle,
     **dict.fromkeys(["cat", "concat"], _cat),
     "stack": _stack,
     **dict.fromkeys(["split", "split_with_sizes", "chunk"], _split),

@@ -128,6 +128,8 @@ def _prefix(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     return state.of(given.get("self", given.get("input")))
 
 
+_POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "upsample_nearest", "_upsample_nearest_exact")
+_SMOOTH = {"linear1d": 1, "bilinear2d": 2, "bicubic2d": 2, "trilinear3d": 3}
 POSITIONS: dict[str, Rule] = {
     "index_select": _read_at("dim"),
     **dict.fromkeys(["roll", "flip"], _read_at("dims")),
@@ -139,9 +141,8 @@ POSITIONS: dict[str, Rule] = {
     **dict.fromkeys(["zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty"], _made("size")),
     **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like"], _prefix),
     **dict.fromkeys(["arange", "linspace", "scalar_tensor"], _counted),
-    **dict.fromkeys(["max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d"], _spatial(1)),
-    **dict.fromkeys(["max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d"], _spatial(2)),
-    **dict.fromkeys(["upsample_bilinear2d", "upsample_bicubic2d"], _spatial(2)),
-    **dict.fromkeys(["max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "upsample_nearest3d"], _spatial(3)),
+    **{f"{name}{count}d": _spatial(count) for name in _POOLS for count in (1, 2, 3)},
+    **{f"upsample_{name}": _spatial(count) for name, count in _SMOOTH.items()},
+    **{f"adaptive_max_pool{count}d": _several(count) for count in (1, 2, 3)},
     "max_pool2d_with_indices": _several(2),
 }

@@ -106,3 +106,21 @@ def test_what_is_zero_at_zero_weights_is_free(function: Any, layers: dict[str, n
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
     return q @ k.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("between", "width"),
+    [
+        (lambda x: nn.functional.adaptive_max_pool2d(x, 2), 12),
+        (lambda x: nn.functional.interpolate(x, scale_factor=2, mode="nearest-exact"), 12),
+        (lambda x: nn.functional.interpolate(x.flatten(2), scale_factor=2, mode="linear").unflatten(2, (8, 4)), 12),
+        (lambda x: nn.functional.interpolate(x.unsqueeze(2), scale_factor=2, mode="trilinear").flatten(2, 3), 12),
+        (lambda x: nn.functional.pixel_unshuffle(x, 2), 48),
+        (lambda x: nn.functional.pixel_shuffle(x, 2), 3),
+        (lambda x: nn.functional.channel_shuffle(x, 3), 12),
+    ],
+)
+def test_operators_on_images_are_seen_through(between: Any, width: int) -> None:
+    layers = {"a": nn.Conv2d(3, 12, 1), "b": nn.Conv2d(width, 5, 1)}
+    free = check(lambda m, x: m.b(between(torch.relu(m.a(x)))), torch.randn(2, 3, 4, 4), **layers)
+    assert any(member.weight == "a.weight" and member.axis == 0 for group in free for member in group.members)
