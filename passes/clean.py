@@ -42,7 +42,8 @@ class RemoveNoOps(_CleanPass):
 
     `slice(x, full range)`, `x * 1`, `to(x, its own dtype)`, `clone`, `contiguous`, `dropout` in eval mode, an `expand`
     or `permute` that changes nothing => `x`; `transpose(transpose(x))`, `reshape(reshape(x))` => one; `view`,
-    `_unsafe_view` => `reshape`; `to.*`, `type_as` => `to.dtype`. A copy that an output reads stays, so that no output
+    `_unsafe_view` => `reshape`; `to.*`, `type_as` => `to.dtype`; `multiply` => `mul`, `movedim` => `permute` and other
+    second names. A copy that an output reads stays, so that no output
     shares memory with a weight or an input.
     """
 
@@ -67,7 +68,7 @@ class RemoveNoOps(_CleanPass):
         ):
             return
         if found.call is not None:
-            node.target, node.args, node.kwargs = found.call[0], found.call[1], {}
+            node.target, node.args, node.kwargs = *found.call, dict(found.kwargs)
             self._simplify(program, node, context)  # two reshapes in one may have no effect at all
             return
         node.replace_all_uses_with(found.value)

@@ -1,7 +1,7 @@
 """When an operator is an identity, or has a plainer spelling: decided from types and literals alone."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ class Plainer:
     Args:
         value: a node that already holds the value; the simplified node itself when there is a call.
         call: an operator and its arguments.
+        kwargs: its arguments by name.
         copies: whether the operator makes a tensor of its own, which the replacement does not.
     """
 
     value: fx.Node
     call: tuple[Any, tuple[Any, ...]] | None = None
     copies: bool = False
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 Rule = Callable[[Program, fx.Node], Plainer | None]
@@ -34,8 +36,12 @@ Rule = Callable[[Program, fx.Node], Plainer | None]
 
 def replacement(program: Program, node: fx.Node) -> Plainer | None:
     """The plainer form of a call, if the types prove it equal."""
-    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
-    rule = _RULES.get(str(name))
+    name = str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", ""))
+    if name in _OTHER_NAMES:
+        target: Any = node.target
+        other = getattr(getattr(aten, _OTHER_NAMES[name]), target._overloadname)
+        return Plainer(node, (other, node.args), kwargs=node.kwargs)
+    rule = _RULES.get(name)
     return rule(program, node) if rule is not None and node.args else None
 
 
@@ -45,6 +51,33 @@ def _input(node: fx.Node) -> fx.Node | None:
     if isinstance(first, fx.Node) and same_type(first.meta.get("val"), node.meta.get("val")):
         return first
     return None
+
+
+# other names ---------------------------------------------------------------------------------------------------------
+_OTHER_NAMES = {
+    **{"multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg"},
+    **{"absolute": "abs", "clip": "clamp", "concat": "cat", "concatenate": "cat"},
+}
+
+
+def _narrow(program: Program, node: fx.Node) -> Plainer | None:
+    same = _alias(program, node)
+    given = normalized_arguments(node)
+    start, length = given["start"], given["length"]
+    if same is not None or not (isinstance(start, int) and isinstance(length, int)):
+        return same
+    end = torch.iinfo(torch.int64).max if start == -length else start + length  # 0 would be the front
+    return Plainer(node, (aten.slice.Tensor, (given["self"], given["dim"], start, end)))
+
+
+def _stacked(program: Program, node: fx.Node) -> Plainer | None:
+    """`hstack`, `vstack`, which join what has such an axis already."""
+    axis = {"hstack": 1, "vstack": 0}[str(getattr(node.target, "_opname", ""))]
+    parts: Any = node.args[0]
+    ranks = {part.meta["val"].ndim for part in parts}
+    if min(ranks) < 2:
+        return None
+    return Plainer(node, (aten.cat.default, (parts, axis)))
 
 
 # identities ----------------------------------------------------------------------------------------------------------
@@ -64,6 +97,10 @@ def _slice(program: Program, node: fx.Node) -> Plainer | None:
     arguments = normalized_arguments(node)
     full = arguments.get("start") in (None, 0) and arguments.get("step", 1) == 1
     return _alias(program, node) if full else None
+
+
+_SWAPPED_AXES = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+_MOVED_AXES = (aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
 
 
 def _permute(program: Program, node: fx.Node) -> Plainer | None:
@@ -108,7 +145,11 @@ def axes_order(node: Any) -> tuple[fx.Node, list[int]] | None:
     order = list(range(rank))
     if node.target is aten.permute.default:
         return inner, [dim % rank for dim in node.args[1]]  # type: ignore[operator, union-attr]
-    if node.target is aten.transpose.int and rank:
+    if node.target in _MOVED_AXES and rank:
+        given: Any = node.args[1:3]
+        source, target = ([each % rank for each in ([axes] if isinstance(axes, int) else axes)] for axes in given)
+        return inner, _moved(source, target, rank)
+    if node.target in _SWAPPED_AXES and rank:
         a, b = (int(axis) % rank for axis in node.args[1:3])  # type: ignore[arg-type]
     elif node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default) and rank == 2:
         a, b = 0, 1
@@ -118,6 +159,13 @@ def axes_order(node: Any) -> tuple[fx.Node, list[int]] | None:
         return None
     order[a], order[b] = order[b], order[a]
     return inner, order
+
+
+def _moved(source: list[int], target: list[int], rank: int) -> list[int]:
+    """The order of axes when some are moved and the others stay as they were among themselves."""
+    there = dict(zip(target, source, strict=True))
+    others = iter(axis for axis in range(rank) if axis not in source)
+    return [there[axis] if axis in there else next(others) for axis in range(rank)]
 
 
 def _reordered(node: fx.Node, source: fx.Node, order: list[int]) -> Plainer | None:
@@ -278,7 +326,6 @@ _RULES: dict[str, Rule] = {
             "squeeze",
             "view_as",
             "unflatten",
-            "narrow",
         ],
         _alias,
     ),
@@ -286,12 +333,14 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(["to", "_to_copy", "type_as"], _to),
     **dict.fromkeys(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"], _dropout),
     **dict.fromkeys(["view", "reshape", "_unsafe_view"], _reshape),
-    **dict.fromkeys(["transpose", "t", "mT", "numpy_T"], _transpose),
-    **dict.fromkeys(["div", "true_divide", "pow"], _by_one),
+    **dict.fromkeys(["transpose", "t", "mT", "numpy_T", "swapaxes", "swapdims", "movedim", "moveaxis"], _transpose),
+    **dict.fromkeys(["div", "pow"], _by_one),
     **dict.fromkeys(["__and__", "bitwise_and", "logical_and"], _and_true),
-    **dict.fromkeys(["cat", "concat", "concatenate"], _single),
+    **dict.fromkeys(["hstack", "vstack"], _stacked),
     **dict.fromkeys(["repeat", "tile"], _repeat),
     **dict.fromkeys(["constant_pad_nd", "pad"], _pad),
+    "cat": _single,
+    "narrow": _narrow,
     "slice": _slice,
     "permute": _permute,
     "flatten": _flatten,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sparc.cache import Cache, complete
@@ -137,9 +138,13 @@ class Entry:
         return self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
 
     def infer(self, node: fx.Node) -> Any:
-        """Compute and store the type of a `call_function` node from its arguments' types."""
+        """Compute and store the type of a `call_function` node from its arguments' types.
+
+        Operators that are made of others are taken apart in Python, as `torch.export` does: C++ would fix sizes that
+        vary (`interpolate`, `pad`).
+        """
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
-        with self.fake_mode, torch.no_grad():
+        with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
         return node.meta["val"]
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -16,7 +17,7 @@ from sparc import codes
 from sparc.analysis.axes import Axis, Channels, cut_extent, leaves, remaining
 from sparc.analysis.coupling import Coupling, SizeArgument
 from sparc.analysis.dependency import Group
-from sparc.analysis.values import same_shape, size_hint
+from sparc.analysis.values import same_shape, size_expression, size_hint
 from sparc.diag import PassError
 from sparc.pattern import normalized_arguments
 from sparc.program import Entry, Program, location
@@ -123,6 +124,10 @@ def _touches(axis: Axis, kept: Kept) -> bool:
     return any(leaf in kept for leaf in leaves(axis))
 
 
+def _changes(argument: SizeArgument, kept: Kept) -> bool:
+    return _touches(argument.axis, kept) or (argument.within is not None and _touches(argument.within, kept))
+
+
 def _slice_weight(program: Program, name: str, axes: Sequence[Axis], kept: Kept) -> None:
     old = weight = program.weights[name]
     for place, axis in enumerate(axes):
@@ -134,7 +139,7 @@ def _slice_weight(program: Program, name: str, axes: Sequence[Axis], kept: Kept)
 
 def _sizes_by_node(state: Coupling, kept: Kept) -> dict[fx.Node, list[SizeArgument]]:
     """The size arguments of every node that has one which changes."""
-    touched = {each.node for each in state.sizes if _touches(each.axis, kept)}
+    touched = {each.node for each in state.sizes if _changes(each, kept)}
     found: dict[fx.Node, list[SizeArgument]] = {}
     for each in state.sizes:
         if each.node in touched:
@@ -150,7 +155,7 @@ def _rewrite_sizes(node: fx.Node, arguments: list[SizeArgument], kept: Kept) -> 
         node.args, node.kwargs = (given["self"], sizes, given["dim"]), {}
         return
     for each in arguments:
-        if not _touches(each.axis, kept):
+        if not _changes(each, kept):
             continue
         old = normalized_arguments(node)[each.name]
         if each.index is None:
@@ -205,21 +210,30 @@ def _infer(program: Program, state: Coupling, kept: Kept, edited: set[fx.Node]) 
     """Infer the types behind everything that changed, and compare them with what the axes say.
 
     Raises:
-        PassError: SPARC207 when an operator does not take what it gets now, or a type is not what the axes say.
+        PassError: SPARC207 when an operator does not take what it gets now, a type is not what the axes say, or a size
+            that varied is fixed.
     """
     changed = set(edited)
     for node, axes in state.axes.items():
         if node.op == "get_attr" and any(_touches(axis, kept) for axis in axes):
             changed.add(node)
     for entry in program.entries.values():
+        varying = _varying(entry)
         for node in entry.graph.nodes:
             if node.op == "call_function" and (node in changed or changed.intersection(node.all_input_nodes)):
                 old = node.meta["val"]
-                _infer_node(entry, node, state, kept)
+                _infer_node(entry, node)
                 if not _same_layout(old, node.meta["val"]):
                     changed.add(node)
                 _check(node, state, kept)
+                _check_varying(entry, node, varying)
         entry.graph.lint()
+
+
+def _varying(entry: Entry) -> dict[sympy.Expr, torch.SymInt]:
+    """The symbols of an entry's inputs, each with a size that is the symbol for as long as nothing fixes it."""
+    sizes = [size for node in entry.placeholders for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
+    return {size_expression(size): size for size in sizes if size_expression(size).is_Symbol}
 
 
 def _same_layout(old: Any, new: Any) -> bool:
@@ -229,20 +243,12 @@ def _same_layout(old: Any, new: Any) -> bool:
     return same_shape(old.shape, new.shape) and same_shape(old.stride(), new.stride())
 
 
-def _infer_node(entry: Entry, node: fx.Node, state: Coupling, kept: Kept) -> None:
-    """A node's new type. What `pad` infers would fix sizes that vary, so its type comes from its axes."""
-    if getattr(node.target, "_opname", "") not in ("pad", "constant_pad_nd"):
-        try:
-            entry.infer(node)
-        except RuntimeError as error:
-            what = f"{node.name} does not take what a cut leaves it"
-            raise PassError(codes.PASS_FAILED, what, where=location(node), why=str(error)[:300]) from error
-        return
-    old = node.meta["val"]
-    sizes = [cut_extent(axis, kept) for axis in state.of(node)]
-    with entry.fake_mode:
-        shape = [new if isinstance(new, int) else size for size, new in zip(old.shape, sizes, strict=True)]
-        node.meta["val"] = old.new_empty(shape)
+def _infer_node(entry: Entry, node: fx.Node) -> None:
+    try:
+        entry.infer(node)
+    except RuntimeError as error:
+        what = f"{node.name} does not take what a cut leaves it"
+        raise PassError(codes.PASS_FAILED, what, where=location(node), why=str(error)[:300]) from error
 
 
 def _check(node: fx.Node, state: Coupling, kept: Kept) -> None:
@@ -253,3 +259,12 @@ def _check(node: fx.Node, state: Coupling, kept: Kept) -> None:
         if isinstance(size, int) and size_hint(found) != size:
             shape = tuple(map(str, node.meta["val"].shape))
             raise PassError(codes.PASS_FAILED, f"{node.name} has shape {shape} after a cut", why=f"not {expected}")
+
+
+def _check_varying(entry: Entry, node: fx.Node, varying: dict[sympy.Expr, torch.SymInt]) -> None:
+    """A program and its clones share their symbols: one that inference fixes is lost in both, so types still agree."""
+    for symbol, size in varying.items():
+        if size_expression(size) != symbol:
+            name = entry.symbols.get(str(symbol), str(symbol))
+            what = f"the type of {node.name} after a cut fixes the size {name!r} to {size}"
+            raise PassError(codes.PASS_FAILED, what, where=location(node), why="it varied before")

@@ -1,8 +1,8 @@
 """What the rules of operators write down: the axes of every value and weight, unified where channels are coupled.
 
 A rule is a function from the state, a node and its arguments by name to the axes of the node's result (for several
-results, a list of them). The tables of rules are in `coupling_layout` (operators that move data) and `coupling_rules`
-(those that compute).
+results, a list of them). The tables of rules are in `coupling_layout` (operators that move data), `coupling_positions`
+(those to which positions matter) and `coupling_rules` (those that compute).
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sparc.analysis.axes import Axis, channels, extent, freeze, leaves, unify
+from sparc.analysis.axes import Axis, channels, extent, freeze, unify
 from sparc.program import Program, is_weight
 
 Axes = tuple[Axis, ...]
@@ -28,6 +28,8 @@ class SizeArgument:
         index: its place in a list of sizes; None for a single number.
         axis: the axis whose size it is.
         offset: what is added to the size.
+        within: the axis from whose end it is counted in the program, where it is: a size that any of its channels
+            changes.
     """
 
     node: fx.Node
@@ -35,6 +37,7 @@ class SizeArgument:
     index: int | None
     axis: Axis
     offset: int = 0
+    within: Axis | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,11 @@ class Coupling:
         freeze(axis, why)
         return axis
 
-    def size(self, node: fx.Node, name: str, index: int | None, axis: Axis, offset: int = 0) -> None:
-        """Note that an argument is the size of an axis, plus an offset."""
-        self.sizes.append(SizeArgument(node, name, index, axis, offset))
+    def size(
+        self, node: fx.Node, name: str, index: int | None, axis: Axis, offset: int = 0, within: Axis | None = None
+    ) -> None:
+        """Note that an argument is the size of an axis; see `SizeArgument`."""
+        self.sizes.append(SizeArgument(node, name, index, axis, offset, within))
 
     def contract(self, node: fx.Node, a: tuple[Any, int], b: tuple[Any, int]) -> None:
         """Products of two operands, each with the place of its axis, are summed over that axis."""
@@ -134,40 +139,15 @@ class Coupling:
                 result[-place] = _together(result[-place], axes[-place])
         return tuple(result)
 
-    def vanishes(self, value: Any, of: Axis) -> bool:
-        """Whether a value is zero at the channels of an axis whose weights are all zero."""
-        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
-            return False
-        own = {id(leaf) for axis in self.of(value) for leaf in leaves(axis)}
-        if not any(id(leaf) in own for leaf in leaves(of)):
-            return False
-        name = str(getattr(value.target, "_opname", value.target))
-        if is_weight(value) or value.op == "placeholder" or name in _WRITERS:  # the one that varies is the cache
-            return True
-        if name == "mul":
-            return any(self.vanishes(used, of) for used in value.args)
-        if name == "getitem":
-            return self.vanishes(value.args[0].args[0], of)  # type: ignore[union-attr]
-        if name == "cat":
-            return all(self.vanishes(used, of) for used in value.args[0])  # type: ignore[union-attr]
-        if name in _ADDED:
-            return all(self.vanishes(used, of) for used in value.args[:2])
-        return name in _ZERO_AT_ZERO and self.vanishes(value.args[0], of)
+
+def name_of(node: fx.Node) -> str:
+    """The name of a node's operator, without its overload."""
+    return str(getattr(node.target, "_opname", node.target))
 
 
-_WRITERS = frozenset(
-    {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding"}
-    | {"layer_norm", "rms_norm", "group_norm", "batch_norm"}
-)
-_ADDED = frozenset({"add", "sub", "maximum", "minimum"})
-_MOVED = frozenset(
-    {"reshape", "view", "flatten", "unflatten", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "clone"}
-    | {"slice", "select", "repeat", "repeat_interleave", "contiguous", "dropout", "to", "alias", "detach"}
-)
-_ZERO_AT_ZERO = _MOVED | {
-    *("relu", "relu6", "leaky_relu", "silu", "gelu", "tanh", "neg", "abs", "hardswish", "mish", "div", "elu", "selu"),
-    *("sqrt", "square", "pow", "sin", "erf", "log1p", "expm1"),
-}
+def place_of(axis: int, rank: int) -> int:
+    """The place of an axis, counted from the front."""
+    return axis % rank if rank else 0
 
 
 def _together(a: Axis, b: Axis) -> Axis:

@@ -6,20 +6,17 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from sparc.analysis.axes import ONE, Axis, Product, channels, concrete, divide, extent, freeze, mark, unify
-from sparc.analysis.coupling import Axes, Contraction, Coupling, Rule
+from sparc.analysis.axes import ONE, Axis, Product, channels, concrete, divide, extent, freeze, leaves, mark, unify
+from sparc.analysis.coupling import Axes, Contraction, Coupling, Rule, name_of, place_of
 from sparc.analysis.coupling_layout import LAYOUT
 from sparc.analysis.mixtures import routing
+from sparc.analysis.zeros import vanishes
 
 KERNEL_POSITION = "it is a kernel's position"
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
     return [used for used in node.all_input_nodes if isinstance(used.meta.get("val"), Tensor)]
-
-
-def _place(axis: int, rank: int) -> int:
-    return axis % rank if rank else 0
 
 
 # elementwise ---------------------------------------------------------------------------------------------------------
@@ -32,10 +29,11 @@ def _inverse(at: int) -> Rule:
 
     def rule(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
         divisor = node.args[at] if len(node.args) > at else None
-        power = node.args[1] if _name(node) == "pow" else -1
-        for axis in state.of(divisor):
-            if not (isinstance(power, (int, float)) and power > 0) and state.vanishes(divisor, axis):
-                mark(axis, f"{_name(node)} is not finite at zero")
+        power = node.args[1] if name_of(node) == "pow" else -1
+        safe = isinstance(power, (int, float)) and power > 0
+        for leaf in () if safe else [leaf for axis in state.of(divisor) for leaf in leaves(axis)]:
+            if vanishes(state, divisor, leaf):
+                mark(leaf, f"{name_of(node)} is not finite at zero")
         return _elementwise(state, node, given)
 
     return rule
@@ -50,7 +48,7 @@ def _prelu(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
 
 def _glu(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes | None:
     axes = state.of(given["self"])
-    place = _place(given["dim"], len(axes))
+    place = place_of(given["dim"], len(axes))
     half = divide(extent(axes[place]), 2)
     pair = channels(2), channels(half)
     unify(axes[place], Product(pair))
@@ -77,7 +75,6 @@ def _matmul(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes | Non
         return None
     state.contract(node, (a, len(first) - 1), (b, len(second) - 2))
     batch = state.broadcast([first[:-2], second[:-2]])
-    state.hints += [(axis, "head") for axis in batch]
     return (*batch, first[-2], second[-1])
 
 
@@ -155,7 +152,7 @@ def _grouped_linear(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Ax
 def _last_norm(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     axes, count = state.of(given["input"]), len(given["normalized_shape"])
     for index, axis in enumerate(axes[-count:]):
-        mark(axis, f"{_name(node)} takes a statistic of it")
+        mark(axis, f"{name_of(node)} takes a statistic of it")
         state.hints.append((axis, "hidden"))
         state.size(node, "normalized_shape", index, axis)
         for weight in (given.get("weight"), given.get("bias")):
@@ -211,7 +208,7 @@ def _attention(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
 
 def _softmax(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
     axes = state.of(given["self"])
-    mark(axes[_place(given["dim"], len(axes))], f"{_name(node)} runs over it")
+    mark(axes[place_of(given["dim"], len(axes))], f"{name_of(node)} runs over it")
     return axes
 
 
@@ -219,14 +216,14 @@ def _softmax(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes:
 def _reduction(state: Coupling, node: fx.Node, given: dict[str, Any]) -> "Axes | list[Axes]":
     axes, dims = state.of(given["self"]), given.get("dim")
     flat = range(len(axes)) if dims is None or dims == [] else dims if isinstance(dims, (list, tuple)) else [dims]
-    gone = {_place(axis, len(axes)) for axis in flat}
+    gone = {place_of(axis, len(axes)) for axis in flat}
     for place in gone:
-        if "arg" in _name(node) or isinstance(node.meta["val"], (list, tuple)):
-            freeze(axes[place], f"its positions matter to {_name(node)}")
-        elif _name(node) == "sum":
+        if "arg" in name_of(node) or isinstance(node.meta["val"], (list, tuple)):
+            freeze(axes[place], f"its positions matter to {name_of(node)}")
+        elif name_of(node) == "sum":
             state.contractions.append(Contraction(node, axes[place], (given["self"],)))
         else:
-            mark(axes[place], f"{_name(node)} runs over it")
+            mark(axes[place], f"{name_of(node)} runs over it")
     keep = given.get("keepdim", False)
     result = tuple(ONE if place in gone else axis for place, axis in enumerate(axes) if keep or place not in gone)
     return [result] * len(node.meta["val"]) if isinstance(node.meta["val"], (list, tuple)) else result
@@ -235,8 +232,8 @@ def _reduction(state: Coupling, node: fx.Node, given: dict[str, Any]) -> "Axes |
 def _ranked(state: Coupling, node: fx.Node, given: dict[str, Any]) -> list[Axes]:
     """topk and sort: which position comes first depends on data. Where positions only find experts, those may go."""
     axes = state.of(given["self"])
-    place, why = _place(given["dim"], len(axes)), f"its positions matter to {_name(node)}"
-    route = routing(node) if _name(node) == "topk" and place == len(axes) - 1 else None
+    place, why = place_of(given["dim"], len(axes)), f"its positions matter to {name_of(node)}"
+    route = routing(node) if name_of(node) == "topk" and place == len(axes) - 1 else None
     if route is None or not isinstance(given["k"], int):
         freeze(axes[place], why)
     else:
@@ -256,10 +253,6 @@ def _counts(state: Coupling, node: fx.Node, given: dict[str, Any]) -> Axes | Non
     state.size(node, "bins", None, experts)
     state.size(node, "max", None, experts, offset=-1)
     return (experts,)
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "_opname", node.target))
 
 
 _ELEMENTWISE = {

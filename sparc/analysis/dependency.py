@@ -15,6 +15,8 @@ from torch import Tensor, fx
 from sparc.analysis.axes import Axis, Channels, freeze, leaves, mark, positions, repeats, unify
 from sparc.analysis.coupling import Contraction, Coupling
 from sparc.analysis.coupling_rules import rule_of
+from sparc.analysis.written_attention import hint_products
+from sparc.analysis.zeros import vanishes
 from sparc.pattern import normalized_arguments
 from sparc.program import Entry, Program
 
@@ -92,11 +94,10 @@ def couple(program: Program) -> Coupling:
                 _visit(state, node)
         _close_boundary(state, entry)
     for contraction in state.contractions:
-        if contraction.weight is None and not any(
-            state.vanishes(operand, contraction.axis) for operand in contraction.operands
-        ):
-            mark(contraction.axis, "values that are not zero at zero weights are summed over it")
+        if contraction.weight is None:
+            _mark_summed(state, contraction)
     _close_computed_sizes(state)
+    hint_products(state)
     return state
 
 
@@ -155,6 +156,14 @@ def _close_boundary(state: Coupling, entry: Entry) -> None:
                 freeze(new, "the cache grows along it, or it is the batch")
             else:
                 unify(old, new)
+
+
+def _mark_summed(state: Coupling, contraction: Contraction) -> None:
+    """No weight is zero where the channels are summed, so a factor has to be."""
+    for leaf in leaves(contraction.axis):
+        known = leaf.frozen or leaf.statistic
+        if not known and not any(vanishes(state, operand, leaf) for operand in contraction.operands):
+            mark(leaf, "values that are not zero at zero weights are summed over it")
 
 
 class _Leaves:

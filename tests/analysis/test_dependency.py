@@ -62,6 +62,48 @@ def test_a_grouped_decoder() -> None:
     assert keys.index[1].tolist() == [1, 5, 9, 13]  # both halves of both heads
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_attention_that_is_written_out_is_attention(name: str) -> None:
+    """Capped scores and sinks are no `scaled_dot_product_attention`; what heads are is told all the same."""
+    listed = [group for group in groups(canonical(name)) if "layers.1" not in group.name and group.units > 1]
+    ours = [(group.units, group.kind, group.name) for group in listed if "attn" in group.name or "rotary" in group.name]
+    path = "model.layers.0.self_attn"
+    assert ours == [
+        (4, "head_dim", "model.rotary_emb.inv_freq[0]"),
+        (2, "head", f"{path}.q_proj.weight[0]"),
+        (2, "queries of a head", f"{path}.q_proj.weight[0]"),
+        (8, "head_dim", f"{path}.v_proj.weight[0]"),
+    ]
+
+
+class Written(nn.Module):
+    """Attention with a cap; its two heads of keys and values are repeated, or its only one is broadcast."""
+
+    def __init__(self, heads: int, transposed: bool) -> None:
+        super().__init__()
+        self.query, self.both, self.out = nn.Linear(6, 32), nn.Linear(6, 16 * heads), nn.Linear(32, 6)
+        self.heads, self.transposed = heads, transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        key, value = self.both(x).unflatten(-1, (2, self.heads, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.heads > 1:
+            key, value = (each.repeat_interleave(4 // self.heads, 1) for each in (key, value))
+        if self.transposed:
+            scores = torch.tanh(key @ query.transpose(2, 3)).softmax(2).transpose(2, 3)
+        else:
+            scores = torch.tanh(query @ key.transpose(2, 3)).softmax(3)
+        return self.out((scores @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("heads", "queries"), [(1, 4), (2, 2)])
+def test_repeated_keys_have_several_queries(heads: int, queries: int, transposed: bool) -> None:
+    listed = found(Written(heads, transposed), torch.randn(2, 5, 6))
+    kinds = [(group.units, group.kind) for group in listed if any(m.weight == "out.weight" for m in group.members)]
+    assert kinds[:-1] == [*([(2, "head")] if heads > 1 else []), (queries, "queries of a head"), (8, "head_dim")]
+
+
 def test_every_axis_of_every_weight_is_in_a_group() -> None:
     program = canonical("phi3")
     listed = groups(program)

@@ -38,6 +38,30 @@ def cleaned(step, function, x=None, **tensors):
     return driver.program
 
 
+OTHER_NAMES = {
+    "multiply": (lambda x: torch.multiply(x, x), ["mul"]),
+    "divide": (lambda x: torch.divide(torch.true_divide(x, 3), 0.3, rounding_mode="floor"), ["div", "div"]),
+    "subtract": (lambda x: torch.subtract(x, torch.negative(x), alpha=2), ["neg", "sub"]),
+    "absolute": (lambda x: torch.absolute(x).clip(max=0.5), ["abs", "clamp"]),
+    "concatenate": (lambda x: torch.concatenate([x, torch.hstack([x, x])[:, 1:5]]), ["cat", "slice", "cat"]),
+    "vstack": (lambda x: torch.vstack([x, x]), ["cat"]),
+    "hstack of vectors": (lambda x: torch.hstack([x[0], x[1]]), ["select", "select", "hstack"]),
+    "swapaxes": (lambda x: x.swapaxes(0, 1).relu().swapdims(-1, 0), ["transpose", "relu", "transpose"]),
+    "movedim": (lambda x: x[None].movedim(0, -1), ["unsqueeze", "permute"]),
+    "moveaxis": (lambda x: torch.moveaxis(x[None], (1, 2), (0, -1)), ["unsqueeze", "transpose"]),
+    "no move": (lambda x: torch.moveaxis(x, (1, 0), (1, 0)), []),
+    "narrow": (lambda x: x.narrow(1, 1, 2), ["slice"]),
+    "narrow from the end": (lambda x: torch.cat([x.narrow(1, -2, 2), x.narrow(1, -3, 2)]), ["slice", "slice", "cat"]),
+    "whole narrow": (lambda x: x.narrow(1, 0, 4), []),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_NAMES)
+def test_other_names_become_one(case):
+    function, expected = OTHER_NAMES[case]
+    assert names(cleaned(RemoveNoOps(), lambda m, x: function(x))) == expected
+
+
 NO_EFFECT = {
     "times one": lambda x: (x * 1.0) / 1,
     "power one": lambda x: x**1,

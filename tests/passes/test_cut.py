@@ -1,6 +1,6 @@
 """Cutting: zero weights and no weights compute the same, sizes follow, and what cannot be cut is refused."""
 
-from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,51 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparc.analysis import coupling_rules
-from sparc.analysis.dependency import Group, groups
+from sparc.analysis.dependency import groups
 from sparc.capture import capture
 from sparc.diag import PassError
-from sparc.pass_base import PassContext
-from sparc.passes.canonicalize import Canonicalize
 from sparc.passes.cut import cut, cut_groups, mask
 from sparc.program import Program
-from sparc.verify import relative_error
 from tests.architectures import ARCHITECTURES
-
-
-def error(a: Program, b: Program, flat: list[Tensor], wide: bool = True) -> float:
-    pairs = zip(a.run_flat(flat, wide=wide), b.run_flat(flat, wide=wide), strict=True)
-    return max(relative_error(x, y) for x, y in pairs if isinstance(x, Tensor))
-
-
-def cuttable(program: Program) -> list[int]:
-    return [at for at, group in enumerate(groups(program)) if group.units > 1 and not group.frozen]
-
-
-def check_every_group(program: Program, flat: list[Tensor]) -> list[Group]:
-    """Cut a third of every group; where no statistic runs over it, compare with zero weights. Returns those."""
-    compared = []
-    for at in cuttable(program):
-        sliced, masked = program.clone(), program.clone()
-        group, same = groups(sliced)[at], groups(masked)[at]
-        keep = [unit for unit in range(group.units) if unit % 3 != 1]
-        before = sum(tensor.numel() for tensor in program.weights.values())
-        gone = {(member.weight, member.axis): len(member.index) - len(keep) for member in group.members}
-        cut(sliced, group, keep)
-        mask(masked, same, keep)
-        assert gone
-        assert sum(tensor.numel() for tensor in sliced.weights.values()) < before
-        if same.statistic:
-            sliced.run_flat(flat)
-            continue
-        assert error(sliced, masked, flat) < 1e-9, str(same)
-        compared.append(same)
-    return compared
-
-
-def canonical(model: nn.Module, inputs: Any, dynamic: Mapping[str, Any] | None = None) -> Program:
-    program = capture(model.eval(), inputs, dynamic=dynamic)
-    Canonicalize().run(program, PassContext())
-    return program
+from tests.passes.cutting import canonical, check_every_group, cuttable, error
 
 
 def architecture(name: str) -> tuple[Program, list[Tensor]]:
@@ -250,6 +212,55 @@ def test_other_sizes_run_after_a_cut(name: str) -> None:
         inputs = built.resized(dict.fromkeys(names, 3))
         sliced.run_flat(sliced.main.signature.bind((), inputs))
         assert [str(group) for group in groups(program)] == [str(group) for group in groups(program.clone())]
+
+
+class Image(nn.Module):
+    """Something between two convolutions of images whose sizes vary."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.first, self.between, self.last = nn.Conv2d(3, 6, 3, padding=1), between, nn.Conv2d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(torch.relu(self.first(x))))
+
+
+def varying_image(between: Any) -> tuple[Program, Tensor]:
+    torch.manual_seed(0)
+    program = canonical(Image(between), (torch.randn(2, 3, 8, 8),), {"x": {0: "b", 2: "h", 3: "w"}})
+    return program, torch.randn(3, 3, 12, 10)
+
+
+def halved(x: Tensor, mode: str) -> Tensor:
+    return x + nn.functional.interpolate(nn.functional.max_pool2d(x, 2), size=x.shape[-2:], mode=mode)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Upsample(scale_factor=2),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Upsample(scale_factor=2, mode="bicubic"),
+        lambda x: halved(x, "nearest"),
+        lambda x: halved(x, "bilinear"),
+        nn.Conv2d(6, 6, 4, padding="same"),
+        lambda x: nn.functional.pad(x, (1, 2, 0, 1)),
+        lambda x: nn.functional.pad(x, (1, 2, 0, 1), mode="reflect"),
+    ],
+)
+def test_sizes_that_vary_still_vary_after_a_cut(between: Any) -> None:
+    program, x = varying_image(between)
+    assert check_every_group(program, [x])
+    sizes = program.main.placeholders[0].meta["val"].shape
+    assert [isinstance(size, int) for size in sizes] == [False, True, False, False]
+
+
+def test_a_size_that_typing_fixes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparc.program.enable_python_dispatcher", nullcontext)
+    program, _ = varying_image(nn.Upsample(scale_factor=2))
+    with pytest.raises(PassError, match=r"SPARC207.*upsample_nearest2d after a cut fixes the size 'b' to 2"):
+        cut(program, groups(program)[cuttable(program)[0]], [0, 2, 3])
 
 
 def test_what_cannot_be_cut_is_refused() -> None:
