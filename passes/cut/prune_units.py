@@ -43,8 +43,9 @@ class PruneUnits(Pass):
     does. So units that a norm or a softmax takes a statistic of are left alone, with the reason; but for experts, of
     which a removed one counts as never chosen.
 
-    Of groups that are factors of one axis a step cuts one, so that `keep` is the part of the axis: of the kind that
-    comes first in `kinds`, and of one kind the inner one (a grouped convolution's channels, not its groups).
+    Of groups that are factors of one axis a step cuts one, so that `keep` is the part of the axis: whole heads and
+    experts rather than what is inside them; of one kind the inner one (a grouped convolution's channels, not its
+    groups), but heads of keys with all their queries rather than one query of each.
 
     Args:
         kinds: which units: `neuron`, `channel`, `head` (with grouped queries: a head of keys and values with its
@@ -124,7 +125,7 @@ class PruneUnits(Pass):
                 self._skip(context, group, why)
             else:
                 scores[group] = score
-        for group, rival in rivals(scores, self.kinds).items():
+        for group, rival in rivals(scores).items():
             del scores[group]
             self._skip(context, group, f"one axis is cut once, here along {rival.name} ({described(rival)})")
         chosen = choose(scores, self.keep, self.ranking, self.multiple)

@@ -1,29 +1,29 @@
 """Which units of dependency groups stay: so many of each group, or so many of all, those of greatest importance."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from sparc.analysis.axes import positions
-from sparc.analysis.dependency import Group
+from sparc.analysis.dependency import KINDS, Group
 from sparc.passes.cut.importance import readers
 
 
-def rivals(found: Iterable[Group], kinds: Sequence[str]) -> dict[Group, Group]:
+def rivals(found: Iterable[Group]) -> dict[Group, Group]:
     """Groups that stay since units of another one lie at the same places of a weight, with that one.
 
     Both are factors of one axis, such as the groups of a convolution and the channels in each: if both were cut, the
     part of the axis that is left would be the product of two.
 
     Args:
-        found: the groups.
-        kinds: units of a kind that comes first go first; of one kind the inner ones.
+        found: the groups. Whole heads and experts are cut rather than what is inside them, by the order of `KINDS`; of
+            one kind the inner units are, but heads of keys with all their queries rather than one query of each.
     """
     cut: dict[tuple[str, int], list[tuple[Group, Tensor]]] = {}
     left: dict[Group, Group] = {}
-    for group in sorted(found, key=lambda each: (kinds.index(each.kind), _stride(each))):
+    for group in sorted(found, key=lambda each: (KINDS.index(each.kind), _depth(each))):
         taken = ((member, *each) for member in group.members for each in cut.get((member.weight, member.axis), ()))
         rival = next((other for member, other, index in taken if bool(torch.isin(member.index, index).any())), None)
         if rival is not None:
@@ -34,9 +34,10 @@ def rivals(found: Iterable[Group], kinds: Sequence[str]) -> dict[Group, Group]:
     return left
 
 
-def _stride(group: Group) -> int:
-    """How far apart two units are: less for inner ones."""
-    return max(int(member.index[1, 0] - member.index[0, 0]) for member in group.members)
+def _depth(group: Group) -> int:
+    """Orders factors of one axis by how far apart two units are: inner ones first, outer ones of heads."""
+    stride = max(int(member.index[1, 0] - member.index[0, 0]) for member in group.members)
+    return -stride if group.kind == "head" else stride
 
 
 def rounding_step(group: Group, multiple: int) -> int:

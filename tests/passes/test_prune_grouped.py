@@ -170,12 +170,22 @@ def test_keep_and_multiple_are_of_the_whole_width(keep, ranking):
 
 
 @pytest.mark.parametrize("kinds", [("head", "head_dim"), ("head_dim", "head")])
-def test_of_several_kinds_the_first_is_cut(kinds):
+def test_heads_are_cut_rather_than_what_is_inside_them(kinds):
     driver = architecture("gpt2")
     driver.run(PruneUnits(kinds=kinds, keep=0.5, multiple=1))
     cut = {each.what.partition("(")[2].rstrip(")").partition(",")[0] for each in remarks(driver)}
-    assert cut == {kinds[0]}
+    assert cut == {"head"}
     assert any("one axis is cut once" in skip.why for skip in driver.ledger.passes[-1].skips)
+
+
+def test_heads_of_keys_are_cut_with_their_queries():
+    """Where attention is no single operator, the queries of a head of keys are heads as well."""
+    driver = architecture("gemma2")
+    before = dict(driver.program.weights)
+    program = after(driver, PruneUnits(kinds=("head",), keep=0.5, multiple=1))
+    for name in ("q", "k", "v"):
+        weight = f"model.layers.0.self_attn.{name}_proj.weight"
+        assert 2 * len(program.weights[weight]) == len(before[weight])
 
 
 def test_every_reader_is_a_multiple_wide():

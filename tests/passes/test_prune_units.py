@@ -19,7 +19,7 @@ from sparc.passes.cut import mask, refit
 from sparc.passes.cut.blocks import DropBlocks
 from sparc.passes.cut.prune_units import PruneUnits
 from sparc.passes.cut.refit import DAMPING, refitted
-from sparc.passes.cut.select import choose, kept_count
+from sparc.passes.cut.select import choose, kept_count, rivals
 from sparc.passes.encode import Encode
 from sparc.passes.recipes import prepare
 from sparc.passes.round import Round
@@ -49,7 +49,8 @@ def by_norm(program, kinds):
             totals.append(sum(float(part.square().sum()) for part in parts))
         order = sorted(range(group.units), key=lambda unit: -totals[unit])
         found[group] = sorted(order[: round(group.units / 2)])
-    return found
+    left = rivals(found)
+    return {group: units for group, units in found.items() if group not in left}
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "efficientnet", "gemma2", "mobilenet_v2")]
