@@ -73,7 +73,7 @@ def test_what_grows_is_read_to_its_new_end(every: slice) -> None:
         (lambda m, x: torch.cat([m.a(x), m.b(x).exp()], -1).sum(-1), {"b": nn.Linear(8, 4)}, 4),
     ],
 )
-def test_what_is_no_zero_at_zero_weights_is_told(function: Any, layers: dict[str, nn.Module], size: int) -> None:
+def test_what_is_no_zero_at_zero_weights_is_told(function: Any, layers: dict[str, Any], size: int) -> None:
     """One factor of an axis may be zero where another is not, and a bias makes more than zeros of zeros."""
     torch.manual_seed(0)
     for layer in layers.values():
