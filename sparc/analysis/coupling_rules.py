@@ -237,6 +237,7 @@ def _ranked(state: Coupling, node: fx.Node, given: dict[str, Any]) -> list[Axes]
     if route is None or not isinstance(given["k"], int):
         freeze(axes[place], why)
     else:
+        mark(axes[place], "topk chooses among it")
         state.hints.append((axes[place], "expert"))
         state.least.append((axes[place], given["k"] + 1))
         readers = (*route.counts, *route.ends, *route.lookups, *route.gathers)

@@ -76,6 +76,13 @@ def test_attention_that_is_written_out_is_attention(name: str) -> None:
     ]
 
 
+def test_removing_an_expert_that_topk_sees_is_not_making_it_zero() -> None:
+    """In gpt-oss the softmax runs over the chosen experts only, and a score of zero may be the greatest one."""
+    experts = [group for group in groups(canonical("gpt_oss")) if group.kind == "expert"]
+    assert {group.statistic for group in experts} == {"topk chooses among it"}
+    assert not any(group.frozen for group in experts)
+
+
 class Written(nn.Module):
     """Attention with a cap; its two heads of keys and values are repeated, or its only one is broadcast."""
 
