@@ -148,6 +148,26 @@ def test_parity_is_checked() -> None:
         check_parity(made, lambda inputs: [1.001 * each for each in run(inputs)], [X])
 
 
+class Cancelling(nn.Module):
+    """A sum that float32 gets right to a few digits only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 3000.0).sum(-1) - 3000.0 * x.shape[-1]
+
+
+def test_parity_asks_no_more_than_float32_gives() -> None:
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    program = capture(Cancelling(), (x,))
+    exact = program.run_flat([x], wide=True)[0]
+    found = program.run_flat([x])[0]
+    assert difference(found, exact) > 1e-4
+    mirrored = (2 * exact - found).float()  # as far from exact as the program, on the other side
+    (parity,) = check_parity(program, lambda inputs: [mirrored], [x])
+    assert parity.difference > 1e-4
+    with pytest.raises(LoweringError, match="SPARC402"):
+        check_parity(program, lambda inputs: [(4 * exact - 3 * found).float()], [x])
+
+
 class Unsupported(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.eigvalsh(x)
