@@ -112,5 +112,4 @@ LINES: Mapping[str, Mapping[str, Steps]] = {
     "efficientnet": _convolutional(),
 }
 
-SCALE = _inner(Round(NM(2, 4, of=_grid(4)), method="gptq"))
-"""Pruning and rounding in one sweep."""
+SCALE = LINES["smollm2"]["2:4 and int4, SparseGPT and GPTQ in one sweep"]

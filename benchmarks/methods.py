@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 
 from benchmarks.method_lines import LINES, SCALE
@@ -106,19 +105,22 @@ def run(model: str, names: list[str] | None = typer.Argument(None)) -> None:  # 
 
 
 @app.command()
-def scale(windows: int = 128, length: int = 512) -> None:
-    """Prune to 2:4 and round to 4 bits in one sweep, on random tokens: seconds and memory."""
-    generator = torch.Generator().manual_seed(0)
+def scale() -> None:
+    """Prune SmolLM2's twin to 2:4 and round it to 4 bits in one sweep, on 128 windows of 512 tokens: seconds, memory,
+    perplexity.
+    """
+    ids = smollm2.calibration_tokens(256).reshape(128, 512)
     loaded = peak_bytes()
-    given = smollm2.smollm2()
+    given = smollm2_twin.smollm2_twin()
     program = capture(given["model"], given["example_inputs"], dynamic=given["dynamic"])
-    ids = torch.randint(0, 49152, (windows, length), generator=generator)
     samples = Samples({"forward": [[ids[:1, :64]]]}, {"forward": [[each] for each in ids.split(4)]}, synthetic=False)
     started = time.perf_counter()
-    run_steps(Driver(program, samples, verify="types"), resolve_recipe((*prepare(), *SCALE), registry()))
+    driver = Driver(program, samples, verify="types")
+    run_steps(driver, resolve_recipe((*prepare(), *SCALE), registry()))
     figures = {"seconds": time.perf_counter() - started, "peak bytes": peak_bytes() - loaded}
-    figures |= {"weights": program.weights.nbytes, "block inputs": windows * length * 576 * 4}
-    save("methods-scale", {"windows": windows, "length": length, **figures})
+    figures |= {"weights": program.weights.nbytes, "block inputs": ids.numel() * 576 * 4}
+    figures |= _perplexity(partial(_call, driver.program), None)
+    save("methods-scale", figures)
     typer.echo(", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
 

@@ -74,11 +74,12 @@ def check_parity(
         reference: the uncompressed model's outputs by name, for programs that quantize activations. Such outputs cannot
             agree element by element, since a last bit flips roundings and every quantizer multiplies the flips; instead
             the emitted model's error against the reference may exceed the program's own by half (root mean square).
+            Of other programs an output may differ by what they multiply rounding by: see what raises.
 
     Raises:
         LoweringError: SPARC402 when an output differs by more than 1e-4 (float32) or 2e-3 (half precision), relative to
-            its largest element, and lies more than twice as far from float64 as the program itself; or has another
-            shape or type.
+            its largest element, and, if no activations are quantized, lies more than twice as far from the program in
+            float64 as the program itself; or has another shape or type.
     """
     ours, theirs = run(inputs), program.run_flat(list(inputs), entry=entry)
     names, found = program.entry(entry).signature.output_names, []

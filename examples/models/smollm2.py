@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.models.packages import package_file
-from examples.models.texts import GENRES, calibration_text, held_out_text
+from examples.models.texts import GENRES, calibration_text, held_out_text, more_calibration_text
 from sparc.checkpoint.gguf import read_container
 from sparc.checkpoint.gguf_tokenizer import read_tokenizer
 
@@ -113,12 +113,13 @@ def held_out_tokens(windows: int = 40, tokenizer: Tokenizer | None = None) -> Te
 
 
 def calibration_tokens(windows: int = 16, tokenizer: Tokenizer | None = None) -> Tensor:
-    """Return calibration text as int64 [windows, 256], the same number of windows of every genre.
+    """Return calibration text as int64 [windows, 256], the same number of windows of every genre, 240 at most.
 
     Raises:
         ValueError: `windows` is no multiple of the number of genres, or more than the texts hold.
     """
-    return _windows([calibration_text(genre) for genre in GENRES], windows, _CALIBRATION_WINDOW, tokenizer)
+    texts = [f"{calibration_text(genre)}\n\n{more_calibration_text(genre)}" for genre in GENRES]
+    return _windows(texts, windows, _CALIBRATION_WINDOW, tokenizer)
 
 
 def smollm2() -> dict[str, Any]:

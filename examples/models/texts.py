@@ -15,6 +15,11 @@ def calibration_text(genre: str) -> str:
     return _read("calibration", genre)
 
 
+def more_calibration_text(genre: str) -> str:
+    """Return 61 to 64 kB more of one of `GENRES`, for methods that fit whole matrices to their inputs."""
+    return _read("calibration_more", genre)
+
+
 def held_out_text(genre: str) -> str:
     """Return the held-out part of one of `GENRES`: about 29 kB, from other chapters, countries or speeches."""
     return _read("held_out", genre)

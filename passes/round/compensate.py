@@ -31,7 +31,7 @@ class Compensate(Pass):
     Args:
         damping: of the sweep, as a part of the inputs' mean square.
         activation_order: whether the sweep begins with the columns whose inputs are greatest.
-        refit: fit the scales of integer grids to the chosen codes as well, and sweep once more.
+        refit: fit the scales of integer grids to the chosen codes as well, and codes to those scales.
         floor: a site whose signal-to-noise ratio falls below so many decibels is restored, with a remark.
 
     Raises:
@@ -88,7 +88,7 @@ class Compensate(Pass):
         swept = sweep(wanted, prepared, column_of(grid, matrix.shape, masked=True)).weight
         chosen = torch.where(better_rows(swept, present, wanted, gram), swept, present)
         if self.refit:
-            chosen, grid = refined(grid, chosen, wanted, gram, prepared)
+            chosen, grid = refined(grid, matrix.shape, chosen, wanted, gram, prepared)
         rounded = grid.spec.round(chosen.reshape(matrix.shape), grid)
         program.set_weight(site.weight, site.view.from_matrix(rounded, old.shape), grid)
 

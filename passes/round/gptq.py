@@ -18,6 +18,7 @@ from sparc.encoding.mask import MaskEncoding
 from sparc.encoding.nm import NM
 from sparc.passes.round.fit import Fit, fit_grid
 from sparc.passes.round.importance import damped
+from sparc.passes.second_order.descend import descended
 from sparc.passes.second_order.factor import Factor
 from sparc.passes.second_order.gram import better_rows
 from sparc.passes.second_order.rescale import rescaled
@@ -74,40 +75,46 @@ def round_by_sweep(
         kept = torch.where(better, swept.kept, grid.tensors["mask"].reshape(runs.shape))
         grid = replace(grid, tensors={**grid.tensors, "mask": kept.reshape(matrix.shape)})
     if fit == "search":
-        result, grid = refined(grid, result.reshape(runs.shape), runs, gram, factor)
+        result, grid = refined(grid, matrix.shape, result.reshape(runs.shape), runs, gram, factor)
     rounded = grid.spec.round(result.reshape(matrix.shape), grid)
     return site.view.from_matrix(rounded, old.shape), replace(grid, view=str(site.view))
 
 
-def refined(grid: Grid, rounded: Tensor, wanted: Tensor, gram: Tensor, factor: Factor) -> tuple[Tensor, Grid]:
-    """Fit the scales to the codes that were chosen, sweep once more, and fit them again.
+def refined(
+    grid: Grid, shape: torch.Size, rounded: Tensor, wanted: Tensor, gram: Tensor, factor: Factor
+) -> tuple[Tensor, Grid]:
+    """Fit scales to the codes that were chosen, choose codes again (by a sweep, and descent), and fit scales to those.
 
-    Only rows whose products come nearer to the wanted ones are changed. Encodings without scales of their own for rows
-    or groups of rows stay as they are.
+    Only rows whose products come nearer to the wanted ones are changed. Encodings whose rows or groups of rows have no
+    scales of their own keep those they have.
 
     Args:
         grid: of `rounded`; its mask stays.
+        shape: of the matrix that the grid is of.
         rounded: `[groups, rows, reduce]`, on the grid.
         wanted: the weight before, the same shape.
         gram: of the inputs, `[groups, reduce, reduce]`.
         factor: of `gram`.
     """
-    for again in (True, False):
-        found = rescaled(grid, rounded, wanted, gram, factor.ridge)
-        if found is None:
-            break
-        values, scaled = found
-        better = better_rows(values, rounded, wanted, gram)
-        rounded = torch.where(better, values, rounded)
-        old, new = grid.tensors["scale"], scaled.tensors["scale"]
-        grid = replace(
-            grid, tensors={**grid.tensors, "scale": torch.where(better.reshape(*old.shape[:-1], 1), new, old)}
-        )
-        if again:
-            shape = torch.Size((*old.shape[:-1], wanted.shape[-1]))
-            swept = sweep(wanted, factor, column_of(grid, shape, masked=True)).weight
-            rounded = torch.where(better_rows(swept, rounded, wanted, gram), swept, rounded)
-    return rounded, grid
+    first, grid = _with_best_scales(grid, rounded, wanted, gram, factor)
+    column = column_of(grid, shape, masked=True)
+    swept = sweep(wanted, factor, column).weight
+    best = torch.where(better_rows(swept, first, wanted, gram), swept, first)
+    descent = descended(best, wanted, gram, factor, column)
+    best = torch.where(better_rows(descent, best, wanted, gram), descent, best)
+    return _with_best_scales(grid, best, wanted, gram, factor)
+
+
+def _with_best_scales(grid: Grid, rounded: Tensor, wanted: Tensor, gram: Tensor, factor: Factor) -> tuple[Tensor, Grid]:
+    """The same codes in the rows that no other scales are better for."""
+    found = rescaled(grid, rounded, wanted, gram, factor.ridge)
+    if found is None:
+        return rounded, grid
+    values, scaled = found
+    better = better_rows(values, rounded, wanted, gram)
+    old, new = grid.tensors["scale"], scaled.tensors["scale"]
+    scale = torch.where(better.reshape(*old.shape[:-1], 1), new, old)
+    return torch.where(better, values, rounded), replace(grid, tensors={**grid.tensors, "scale": scale})
 
 
 def chosen_pattern(existing: Encoding | None, encoding: Encoding) -> NM | None:

@@ -36,7 +36,7 @@ class Round(Pass):
         encoding: the grid's encoding.
         fit: how grids are found: `range` covers all values, `search` looks for the least squared error, `hqq` for the
             least `sum |error|^0.7` (HQQ, Badri and Shaji 2023; for integers with a floating minimum). With `gptq`,
-            `search` also fits the scales of integer grids to the codes that the sweep chose, and sweeps once more.
+            `search` also fits the scales of integer grids to the codes that the sweep chose, and codes to those scales.
         importance: what a squared error in a column costs: `none` (the same in every column) or `data` (the mean square
             of the input column, from calibration, and a hundredth of all columns' mean).
         floor: a site whose signal-to-noise ratio falls below so many decibels is restored, with a remark.

@@ -1,6 +1,7 @@
 """Small models with every kind of site, and how the tests of rounding, pruning and encoding run passes over them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,19 @@ from sparc.capture import capture
 from sparc.driver import Driver
 from sparc.pass_base import Pass, Samples
 from sparc.program import Program
+
+
+class Called(nn.Module):
+    """A function of the model itself, which has layers by name, and of a tensor."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
 
 
 class Convolutions(nn.Module):

@@ -12,25 +12,13 @@ from sparc.capture import capture
 from sparc.passes.grow.widen import widen
 from sparc.verify import relative_error
 from tests.passes.cutting import check_every_group
-
-
-class Model(nn.Module):
-    """A function of a tensor and of layers by name."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
+from tests.passes.models import Called
 
 
 def check(function: Callable[[Any, Tensor], Tensor], x: Tensor, **layers: nn.Module) -> list[Group]:
     """Cut every group that can be; returns those that are the same as zero weights."""
     torch.manual_seed(0)
-    return check_every_group(capture(Model(function, **layers).eval(), (x,)), [x])
+    return check_every_group(capture(Called(function, **layers).eval(), (x,)), [x])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +46,7 @@ def test_slices_counted_from_either_end(first: slice, second: slice) -> None:
 @pytest.mark.parametrize("every", [slice(0, 24), slice(-24, None), slice(0, None)])
 def test_what_grows_is_read_to_its_new_end(every: slice) -> None:
     x = torch.randn(3, 6)
-    program = capture(Model(lambda m, x: m.b(m.a(x)[:, every]), a=nn.Linear(6, 24), b=nn.Linear(24, 4)), (x,))
+    program = capture(Called(lambda m, x: m.b(m.a(x)[:, every]), a=nn.Linear(6, 24), b=nn.Linear(24, 4)), (x,))
     assert relative_error(program.run(x), widen(program, "a", 48).run(x)) < 1e-5
 
 
@@ -78,7 +66,7 @@ def test_what_is_no_zero_at_zero_weights_is_told(function: Any, layers: dict[str
     torch.manual_seed(0)
     for layer in layers.values():
         nn.init.normal_(layer.bias)
-    program = capture(Model(function, a=nn.Linear(8, 12), **layers).eval(), (torch.randn(2, 6, 8),))
+    program = capture(Called(function, a=nn.Linear(8, 12), **layers).eval(), (torch.randn(2, 6, 8),))
     (told,) = (group for group in groups(program) if "summed over" in group.statistic)
     assert told.units == size
     assert not told.frozen

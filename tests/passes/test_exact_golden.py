@@ -23,22 +23,10 @@ from sparc.passes.fold import (
     fold_shared,
     fold_table,
 )
+from tests.passes.models import Called
 from tests.passes.prompted import Decoder
 
 IMAGE = torch.zeros(1, 4, 6, 6)
-
-
-class Called(nn.Module):
-    """Layers, and what is done with them."""
-
-    def __init__(self, function: Callable[..., Tensor], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
 
 
 def _adapted(m: Any, x: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def test_products_of_no_row_get_worse_and_most_get_better(spec: IntGrid | NM) ->
     prepared = factor(gram, descending=True)
     _, grid = rounded(spec, weight)
     swept = sweep(weight[None], prepared, column_of(grid, weight.shape, masked=True)).weight
-    values, changed = refined(grid, swept, weight[None], gram, prepared)
+    values, changed = refined(grid, weight.shape, swept, weight[None], gram, prepared)
     assert torch.equal(changed.spec.round(values[0], changed), values[0])
     before, after = (reconstruction_error(each - weight, gram)[0] for each in (swept, values))
     assert (after <= before * (1 + 1e-6)).all()
