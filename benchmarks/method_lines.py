@@ -12,7 +12,7 @@ from sparc.passes.cut.prune_units import PruneUnits
 from sparc.passes.equalize.awq import Awq
 from sparc.passes.prune import Prune
 from sparc.passes.rotate import Rotate
-from sparc.passes.round import Round
+from sparc.passes.round import Compensate, Round
 from sparc.recipe import Step
 
 Steps = Sequence[Pass | Step]
@@ -57,10 +57,12 @@ def _transformer() -> dict[str, Steps]:
         "2:4, Wanda, DSnoT": _inner(Prune(NM(2, 4), method="wanda", refine=True)),
         "2:4, SparseGPT": _inner(Prune(NM(2, 4), method="sparsegpt")),
         "2:4, SparseGPT, DSnoT": _inner(Prune(NM(2, 4), method="sparsegpt", refine=True)),
+        "2:4, SparseGPT, descended": _inner(Prune(NM(2, 4), method="sparsegpt"), Compensate(refit=True)),
         "50%, magnitude": _inner(Prune(HALF, density=0.5)),
         "50%, Wanda": _inner(Prune(HALF, density=0.5, method="wanda")),
         "50%, Wanda, DSnoT": _inner(Prune(HALF, density=0.5, method="wanda", refine=True)),
         "50%, SparseGPT": _inner(Prune(HALF, density=0.5, method="sparsegpt")),
+        "50%, SparseGPT, descended": _inner(Prune(HALF, density=0.5, method="sparsegpt"), Compensate(refit=True)),
         "50%, SparseGPT, mixed": _inner(
             Prune(HALF, density=0.5, method="sparsegpt", criterion="isc", allocation="sensitivity")
         ),

@@ -31,7 +31,7 @@ class Compensate(Pass):
     Args:
         damping: of the sweep, as a part of the inputs' mean square.
         activation_order: whether the sweep begins with the columns whose inputs are greatest.
-        refit: fit the scales of integer grids to the chosen codes as well, and codes to those scales.
+        refit: choose values again, by coordinate descent, and fit the scales of integer grids to them.
         floor: a site whose signal-to-noise ratio falls below so many decibels is restored, with a remark.
 
     Raises:
