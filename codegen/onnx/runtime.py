@@ -37,6 +37,14 @@ def import_runtime() -> Any:
     return onnxruntime
 
 
+def _hint(model: onnx.ModelProto, cuda: bool) -> str:
+    """What to do about a model that is refused: on CPUs ONNX Runtime has hardly a kernel of bfloat16."""
+    values = [*model.graph.input, *model.graph.output]
+    narrow = any(value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for value in values)
+    narrow = narrow or any(each.data_type == onnx.TensorProto.BFLOAT16 for each in model.graph.initializer)
+    return "ONNX Runtime's CPU has few kernels of bfloat16: compile model.float()" if narrow and not cuda else ""
+
+
 def has_cuda() -> bool:
     """Whether ONNX Runtime has its CUDA provider here."""
     return "CUDAExecutionProvider" in import_runtime().get_available_providers()
@@ -80,7 +88,7 @@ class OnnxRunner:
             self.session = runtime.InferenceSession(bare.SerializeToString(), settings, providers=providers)
         except Exception as error:  # ONNX Runtime raises a class per status code, all of them plain Exceptions
             raise LoweringError(
-                codes.RUNTIME_REJECTED, "ONNX Runtime refused the model", why=first_line(error)
+                codes.RUNTIME_REJECTED, "ONNX Runtime refused the model", why=first_line(error), hint=_hint(model, cuda)
             ) from None
         self._rows = row_by_row(model)
         self._inputs = [value.name for value in model.graph.input]

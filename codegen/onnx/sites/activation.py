@@ -41,18 +41,18 @@ class Codes:
 def unsigned_codes(e: Emitter, x: Activation, scale: ir.Value | None = None) -> Codes:
     """The uint8 codes of an activation, signed ones offset by 128; `scale` is a static scale, if it is known."""
     assert x.spec is not None
-    middle = e.const(MIDDLE, _U8)
+    middle, source = e.const(MIDDLE, _U8), e.cast(x.source, torch.float32)
     if x.kind == "static":
         scale = scalar(e, x.params[0]) if scale is None else scale
         zero = middle if x.spec.symmetric else scalar(e, x.params[1])
-        return Codes(e.op("QuantizeLinear", x.source, scale, zero), scale, zero)
+        return Codes(e.op("QuantizeLinear", source, scale, zero), scale, zero)
     if x.kind == "tensor" and not x.spec.symmetric:
-        made = e.op("DynamicQuantizeLinear", x.source, outputs=3)
+        made = e.op("DynamicQuantizeLinear", source, outputs=3)
         return Codes(*made)
-    scale = symmetric_scale(e, x.source, None if x.kind == "tensor" else -1)
+    scale = symmetric_scale(e, source, None if x.kind == "tensor" else -1)
     if x.kind == "tensor":
-        return Codes(e.op("QuantizeLinear", x.source, scale, middle), scale, middle)
-    shares = e.op("Div", x.source, scale)
+        return Codes(e.op("QuantizeLinear", source, scale, middle), scale, middle)
+    shares = e.op("Div", source, scale)
     return Codes(e.op("QuantizeLinear", shares, e.const(1.0, torch.float32), middle), scale, middle, per_row=True)
 
 
@@ -104,7 +104,8 @@ def _dequantized(e: Emitter, x: Activation) -> ir.Value:
     assert x.spec is not None
     if x.kind == "static" and x.spec.symmetric and e.target.flavour != "cpu":
         scale, zero = scalar(e, x.params[0]), e.const(0, ir.DataType.INT8)
-        return e.op("DequantizeLinear", e.op("QuantizeLinear", x.source, scale, zero), scale, zero)
+        source = e.cast(x.source, torch.float32)
+        return e.op("DequantizeLinear", e.op("QuantizeLinear", source, scale, zero), scale, zero)
     codes = unsigned_codes(e, x)
     return e.op("DequantizeLinear", codes.values, codes.scale, codes.zero)
 

@@ -106,15 +106,16 @@ class IntMatrix:
         shape = () if self.part("zero").numel() == 1 else (self.part("zero").numel(),)
         return self.read("zero", "flip_sign", dims=shape)
 
-    def scale(self) -> ir.Value:
-        """The scale of a row: one or `[out]`, in the weight's dtype."""
+    def scale(self, dtype: torch.dtype | None = None) -> ir.Value:
+        """The scale of a row: one or `[out]`, by default in the weight's dtype."""
         count = self.part("scale").numel()
         shape = () if self.grid.group == "tensor" else (count,)
-        return self.as_float(self.read("scale", dims=shape))
+        return self.as_float(self.read("scale", dims=shape), dtype)
 
-    def as_float(self, value: ir.Value) -> ir.Value:
-        """Scales in the dtype the weight decodes to."""
-        return self.e.cast(value, self.weight.dtype) if value.dtype != onnx_type(self.weight.dtype) else value
+    def as_float(self, value: ir.Value, dtype: torch.dtype | None = None) -> ir.Value:
+        """Scales in a dtype, by default the one that the weight decodes to."""
+        dtype = dtype or self.weight.dtype
+        return self.e.cast(value, dtype) if value.dtype != onnx_type(dtype) else value
 
     def rows_are_read(self) -> bool:
         """Whether an embedding reads rows of the same codes, which then stay as they are."""

@@ -1,7 +1,5 @@
 """Products of 8-bit codes: both operands are integers, the result is scaled once."""
 
-from typing import Any
-
 import onnx_ir as ir
 import torch
 
@@ -11,6 +9,7 @@ from sparc.codegen.onnx.sites.activation import Codes, unsigned_codes
 from sparc.codegen.onnx.sites.codes import IntMatrix
 from sparc.codegen.onnx.sites.product import Product, takes_integers
 from sparc.codegen.onnx.sites.shared import shared_codes, shares_columns
+from sparc.codegen.onnx.types import onnx_type
 from sparc.target import KernelUse
 
 
@@ -21,40 +20,44 @@ def integer_product(e: Emitter, site: Product) -> ir.Value | None:
     static: the same with a known scale and zero point.
     token: the same with a scale per row of x.
     split: the product of the coarse codes plus the product of the fine ones.
+
+    Codes and scales of half-precision values are float32, and so is the result before it is cast.
     """
     w = site.matrix
     if w is None or not takes_integers(e, site):
         return None
+    bias = None if site.bias is None else e.cast(site.bias, torch.float32)
     if site.x.kind == "split":
-        result = _split_product(e, site, w)
+        result = _split_product(e, site, w, bias)
     else:
-        result = scaled_product(e, unsigned_codes(e, site.x), w, site.bias)
+        result = scaled_product(e, unsigned_codes(e, site.x), w, bias)
     if site.node.meta["val"].ndim == 2 and shares_columns(e, w):
         result = e.op("Squeeze", result, [0])
     operator = "MatMulIntegerToFloat" if e.target.contrib else "MatMulInteger"
     site.carried(e, KernelUse(operator, w.code_bytes + w.grid_bytes))
-    return result
+    half = site.weight.dtype != torch.float32
+    return e.op("Cast", result, to=onnx_type(site.weight.dtype)) if half else result
 
 
-def scaled_product(e: Emitter, x: Codes, w: IntMatrix, bias: Any) -> ir.Value:
+def scaled_product(e: Emitter, x: Codes, w: IntMatrix, bias: ir.Value | None) -> ir.Value:
     """`(codes - zero) @ (w - y) * scale * t + bias`; of rank 3 at least where the codes of w are shared."""
-    one = e.const(1.0, torch.float32)
+    one, rows = e.const(1.0, torch.float32), w.scale(torch.float32)
     codes, zero = shared_codes(w) if shares_columns(e, w) else (w.codes_transposed(), w.zero_int8())
     if e.target.contrib:
-        operands = (x.values, codes, one if x.per_row else x.scale, w.scale(), x.zero, zero)
+        operands = (x.values, codes, one if x.per_row else x.scale, rows, x.zero, zero)
         if not x.per_row:
             return e.op("MatMulIntegerToFloat", *operands, bias, domain=MS)
         product = e.op("MatMulIntegerToFloat", *operands, domain=MS)
     else:
         whole = e.op("MatMulInteger", x.values, codes, x.zero, zero)
-        factor = w.scale() if x.per_row else e.op("Mul", x.scale, w.scale())
+        factor = rows if x.per_row else e.op("Mul", x.scale, rows)
         product = e.op("Mul", e.op("Cast", whole, to=ir.DataType.FLOAT), factor)
     if x.per_row:
         product = e.op("Mul", product, x.scale)
     return product if bias is None else e.op("Add", product, bias)
 
 
-def _split_product(e: Emitter, site: Product, w: IntMatrix) -> ir.Value:
+def _split_product(e: Emitter, site: Product, w: IntMatrix, bias: ir.Value | None) -> ir.Value:
     """Coarse and fine codes; as one product on stacked rows where their zero points are the same."""
     assert site.x.halves is not None
     first, second = site.x.halves
@@ -67,8 +70,8 @@ def _split_product(e: Emitter, site: Product, w: IntMatrix) -> ir.Value:
         both = scaled_product(e, Codes(stacked, coarse.scale, coarse.zero), w, None)
         high, low = e.op("Split", both, axis=-2, num_outputs=2, outputs=2)
         terms = [high, e.op("Mul", low, e.const(1 / steps, torch.float32))]
-        return e.op("Sum", *terms, *([] if site.bias is None else [site.bias]))
-    return e.op("Sum", scaled_product(e, coarse, w, None), scaled_product(e, fine, w, site.bias))
+        return e.op("Sum", *terms, *([] if bias is None else [bias]))
+    return e.op("Sum", scaled_product(e, coarse, w, None), scaled_product(e, fine, w, bias))
 
 
 def _fine_steps(coarse: Activation, fine: Activation) -> float | None:

@@ -79,7 +79,7 @@ def takes_integers(e: Emitter, site: Product) -> bool:
     w = site.matrix
     if e.target.flavour == "cuda" or w is None or w.grid.bits != 8 or not w.per_channel or w.grid.zero != "integer":
         return False
-    if site.weight.dtype != torch.float32 or len(site.weight.matrix_shape) != 2:
+    if site.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or len(site.weight.matrix_shape) != 2:
         return False
     if (
         site.x.kind == "static"
