@@ -131,7 +131,7 @@ def test_a_fragment_without_weights_runs_as_it_is():
 
 
 def test_a_type_that_the_runtime_lacks():
-    assert refused(Mlp().eval().bfloat16(), torch.randn(4, 32).bfloat16(), recipe="w8", target="onnx") == ["SPARC404"]
+    assert refused(Mlp().eval().bfloat16(), torch.randn(4, 32).bfloat16(), recipe="w8", target="onnx") == ["SPARC406"]
 
 
 # weights that change --------------------------------------------------------------------------------------------------
