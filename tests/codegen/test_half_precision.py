@@ -6,6 +6,7 @@ from torch import nn
 
 import sparc
 from sparc.diag import LoweringError
+from tests.passes.models import Tied
 
 
 def model(dtype: torch.dtype) -> nn.Module:
@@ -19,6 +20,17 @@ def test_float16_compiles_and_runs(recipe: str, target: str) -> None:
     network, x = model(torch.float16), torch.randn(4, 64).half()
     artifact = sparc.compile(network, (x,), recipe=recipe, target=target, data=[(x,)] * 2, measure=False)
     got, own = artifact(x), artifact.program.run(x)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got, own, rtol=0, atol=4e-3 * float(own.detach().abs().max()))
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnx:portable"])
+@pytest.mark.parametrize("recipe", ["w8", "w4", "w8a8"])
+def test_a_tied_head_of_float16_shares_its_codes(recipe: str, target: str) -> None:
+    torch.manual_seed(0)
+    network, ids = Tied().half().eval(), torch.randint(0, 40, (2, 8))
+    artifact = sparc.compile(network, (ids,), recipe=recipe, target=target, data=[(ids,)] * 2, measure=False)
+    got, own = artifact(ids), artifact.program.run(ids)
     assert got.dtype == torch.float16
     torch.testing.assert_close(got, own, rtol=0, atol=4e-3 * float(own.detach().abs().max()))
 

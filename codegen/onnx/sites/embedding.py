@@ -71,10 +71,11 @@ def _gather_columns(e: Emitter, w: IntMatrix, indices: Any, node: fx.Node) -> ir
     codes = e.op("Squeeze", e.op("Gather", shared_codes(w)[0], indices, axis=2), [0])
     rows = codes if not rank else e.op("Transpose", codes, perm=[*range(1, rank + 1), 0])
     numbers = e.op("Cast", rows, to=ir.DataType.FLOAT)
-    zero, scale = w.zero_int8(), w.scale()
+    zero, scale = w.zero_int8(), w.scale(torch.float32)
     if zero is not None:
         numbers = e.op("Sub", numbers, _of_rows(e, w, e.op("Cast", zero, to=ir.DataType.FLOAT), indices))
-    return e.op("Mul", numbers, _of_rows(e, w, scale, indices))
+    numbers = e.op("Mul", numbers, _of_rows(e, w, scale, indices))
+    return numbers if w.weight.dtype == torch.float32 else e.op("Cast", numbers, to=onnx_type(w.weight.dtype))
 
 
 def _of_rows(e: Emitter, w: IntMatrix, value: ir.Value, indices: Any) -> ir.Value:
